@@ -1,0 +1,70 @@
+"""Every error of ours, as one tree; a message says what is wrong and what to do about it.
+
+    FlyteBatchError
+    ├── BadInput (ValueError)            an option, file, column or row count that cannot work; raised before an engine starts
+    ├── BatcherError (RuntimeError)
+    │   ├── BatcherNotRunning            submit before start() or after stop()
+    │   ├── BatcherDied                  the batcher cannot go on; what was pending fails with this, so do later submits
+    │   └── QueueFull                    overflow="reject" and no room: shed this load or come back later
+    ├── EngineError (RuntimeError)
+    │   ├── EngineDead                   the engine is gone; its singleton rebuilds it
+    │   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
+    │   └── BadRecord (ValueError)       this record cannot be inferred (empty, too long, not a text); its neighbours can
+    └── RunError (RuntimeError)
+        ├── ChunkFailed                  chunks failed after all retries; the others are committed, run again to finish
+        └── TooManyFailures              more rows failed than max_failure_rate allows
+"""
+
+from __future__ import annotations
+
+
+class FlyteBatchError(Exception):
+    """Base of all errors that flyte_batch raises on its own account."""
+
+
+class BadInput(FlyteBatchError, ValueError):
+    """Something the user gave cannot work; the message names it and the remedy."""
+
+
+class BatcherError(FlyteBatchError, RuntimeError):
+    """A batcher could not take or finish a record."""
+
+
+class BatcherNotRunning(BatcherError):
+    """The batcher was not started, or was stopped."""
+
+
+class BatcherDied(BatcherError):
+    """The batcher cannot go on; ``__cause__`` says why."""
+
+
+class QueueFull(BatcherError):
+    """``overflow="reject"`` and the queue has no room for the record."""
+
+
+class EngineError(FlyteBatchError, RuntimeError):
+    """An engine could not infer."""
+
+
+class EngineDead(EngineError):
+    """The engine will never answer again; whoever owns it has to build a new one."""
+
+
+class EngineOutOfMemory(EngineError):
+    """A batch was too large for the device; a smaller one may fit."""
+
+
+class BadRecord(EngineError, ValueError):
+    """One record that cannot be inferred; the others of its batch are unaffected."""
+
+
+class RunError(FlyteBatchError, RuntimeError):
+    """A run over a dataset ended without a complete output."""
+
+
+class ChunkFailed(RunError):
+    """Chunks that failed after all retries. What the others wrote stays, and a re-run does only what is missing."""
+
+
+class TooManyFailures(RunError):
+    """More rows failed than ``max_failure_rate`` allows."""
