@@ -239,7 +239,7 @@ def generate(count: int, seed: int, split: Split = Split.TEST) -> Iterator[Probl
     """
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
-    rng = random.Random(f"flyte-batch-demo-{split}-{seed}")
+    rng = random.Random(f"flyte-batch-demo-{split}-{seed}")  # noqa: S311  problems, not secrets
     for _ in range(count):
         yield make_problem(rng, split)
 

@@ -1,0 +1,383 @@
+"""CTranslate2: small and quantised language models on a CPU, or on a GPU, without torch.
+
+Upstream: https://opennmt.net/CTranslate2/python/ctranslate2.Generator.html. `CTranslate2Engine` splits each batch into
+sub-batches of prompts of like length (CTranslate2 feeds whatever a prompt has beyond the shortest of its
+sub-batch token by token), runs them on the library's own workers, and detokenises one sub-batch while the next one
+runs. Everything happens off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser, TokenisedPrompt
+from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
+from flyte_batch.records import Completion, Prompt, SamplingParameters
+
+_log = logging.getLogger(__name__)
+
+# Sub-batches of 64 rows: larger ones gained nothing on a CPU (its caches are full) and delay the first result.
+_CPU_SUB_BATCH = 64
+_CUDA_SUB_BATCH = 256
+_REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
+
+
+class CTranslate2Engine:
+    """Continues prompts with a model that was converted by ``ct2-transformers-converter``.
+
+    Made by `start`, closed by `aclose` or ``async with``. Reproducible: greedy decoding (``temperature=0``) always;
+    sampling with a ``seed`` gives the same texts for the same batches in the same order (the engine then runs one
+    worker, because each worker of CTranslate2 draws from a generator of its own).
+    """
+
+    def __init__(self, generator: Any, tokeniser: PromptTokeniser, plan: _Plan, model: str) -> None:
+        self._generator = generator
+        self._tokeniser = tokeniser
+        self._plan = plan
+        self._model = model
+        self._closed = False
+        self._unloading = threading.Lock()
+        vocabulary = tokeniser.tokenizer.get_vocab(with_added_tokens=True)
+        self._tokens = [""] * (max(vocabulary.values()) + 1)
+        for token, index in vocabulary.items():
+            self._tokens[index] = token
+        # One call more than there are workers: it detokenises while the others compute.
+        self._threads = ThreadPoolExecutor(plan.workers + 1, thread_name_prefix="ctranslate2-engine")
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | Path,
+        *,
+        sampling: SamplingParameters | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device_index: int = 0,
+        compute_type: str = "default",
+        inter_threads: int | None = None,
+        intra_threads: int | None = None,
+        sub_batch: int | None = None,
+        chat: bool | Literal["auto"] = "auto",
+        max_model_len: int | None = None,
+    ) -> CTranslate2Engine:
+        """Load a model folder off the event loop.
+
+        Args:
+            model: folder with ``model.bin`` and ``tokenizer.json``; ``tokenizer_config.json``, ``chat_template.jinja``
+                and ``generation_config.json`` are used where they exist.
+            sampling: how to continue prompts; greedy with 256 tokens by default.
+            device: ``auto`` takes a GPU where CTranslate2 sees one.
+            device_index: which GPU.
+            compute_type: ``default`` keeps the one the model was saved in where the device can compute it, else
+                ``float32``, ``float16``, ``int8``, ...: https://opennmt.net/CTranslate2/quantization.html.
+            inter_threads: sub-batches computed at the same time; by default one for every core on a CPU, one on a GPU.
+            intra_threads: cores for one sub-batch; by default the cores divided by ``inter_threads``.
+            sub_batch: most prompts computed together; by default 64 on a CPU, 256 on a GPU.
+            chat: render the model's chat template; ``auto`` does where the model has one, True insists on it.
+            max_model_len: most tokens of prompt and response together; by default the model's own limit
+                (``model_max_length`` of its tokenizer configuration), and needed where it names none.
+
+        Raises:
+            BadInput: an option or the folder cannot work; the message names it and the remedy.
+            EngineOutOfMemory: the model does not fit the device.
+            EngineError: CTranslate2 cannot load the model.
+        """
+        options = _Options(
+            device, device_index, compute_type, inter_threads, intra_threads, sub_batch, chat, max_model_len
+        )
+        return await asyncio.to_thread(cls._load, Path(model), sampling or SamplingParameters(), options)
+
+    @classmethod
+    def _load(cls, folder: Path, sampling: SamplingParameters, options: _Options) -> CTranslate2Engine:
+        ctranslate2 = _import_ctranslate2()
+        if not (folder / "model.bin").is_file():
+            raise BadInput(f"{folder} holds no model.bin: it is not a model that ct2-transformers-converter wrote")
+        files = ModelFolder.read(folder)
+        template = files.template if options.chat else None
+        if options.chat is True and template is None:
+            raise BadInput(f"chat=True, but {folder} has no chat template: leave chat out to feed the plain text")
+        context = _context(folder, files.context, options.max_model_len)
+        device = options.device
+        if device == "auto":
+            device = "cuda" if ctranslate2.get_cuda_device_count() > 0 else "cpu"
+        workers, cores = _threads(device, options.inter_threads, options.intra_threads, sampling)
+        sub_batch = options.sub_batch or (_CUDA_SUB_BATCH if device == "cuda" else _CPU_SUB_BATCH)
+        if sub_batch < 1:
+            raise BadInput(f"sub_batch must be at least 1, got {sub_batch}")
+        if sampling.seed is not None:
+            # Process-wide upstream; a worker reads it when it first samples.
+            ctranslate2.set_random_seed(sampling.seed)
+        try:
+            generator = ctranslate2.Generator(
+                str(folder),
+                device=device,
+                device_index=options.device_index,
+                compute_type=options.compute_type,
+                inter_threads=workers,
+                intra_threads=cores,
+                max_queued_batches=-1,
+            )
+        except ValueError as error:
+            raise BadInput(f"CTranslate2 refuses to load {folder} on {device}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            raise _translated(error, f"CTranslate2 cannot load {folder} on {device}") from error
+        tokeniser = PromptTokeniser(files.tokenizer, template, context, sampling.max_tokens)
+        plan = _Plan.build(sampling, files, workers, sub_batch)
+        _log.info("loaded %s on %s: %d workers of %d threads, context %d", folder, device, workers, cores, context)
+        return cls(generator, tokeniser, plan, str(folder))
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and response together."""
+        return self._tokeniser.context
+
+    def prepare(self, prompt: Prompt) -> TokenisedPrompt:
+        """Render the chat template and tokenise; for threads. A prompt must leave room for a token of response.
+
+        Raises:
+            BadRecord: the prompt can never be inferred; the message says why.
+        """
+        return self._tokeniser.prepare(prompt)
+
+    def estimate_cost(self, record: TokenisedPrompt) -> int:
+        """Tokens of the prompt plus tokens the record may generate."""
+        return record.estimate_cost()
+
+    async def infer(self, batch: Sequence[TokenisedPrompt]) -> list[Completion | Exception]:
+        """Continue every prompt; one `Completion` a record, in the batch's order.
+
+        Cancelling is safe: sub-batches that run are finished and dropped, the others never start.
+
+        Raises:
+            EngineDead: the engine was closed, or its GPU failed for good.
+            EngineOutOfMemory: the batch was too large; a smaller one may fit.
+            EngineError: CTranslate2 could not compute the batch.
+        """
+        if self._closed:
+            raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one")
+        cancelled = threading.Event()
+        call = asyncio.get_running_loop().run_in_executor(self._threads, self._infer, tuple(batch), cancelled)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def _infer(self, batch: Sequence[TokenisedPrompt], cancelled: threading.Event) -> list[Completion | Exception]:
+        results: list[Completion | Exception] = [_UNFINISHED] * len(batch)
+        running: list[_SubBatch] = []
+        failure: EngineError | None = None
+        waiting = self._sub_batches(batch)
+        # Two a worker are enough to keep it busy; the rest waits here, where a cancellation can still stop it.
+        while True:
+            while failure is None and not cancelled.is_set() and len(running) < 2 * self._plan.workers:
+                indices = next(waiting, None)
+                if indices is None:
+                    break
+                try:
+                    running.append(self._submit(indices, batch))
+                except (RuntimeError, ValueError, MemoryError) as error:
+                    failure = _translated(error, "CTranslate2 cannot compute the batch")
+            if not running:
+                break
+            done = running.pop(0)
+            try:
+                self._finish(done, batch, results)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                failure = failure or _translated(error, "CTranslate2 cannot compute the batch")
+        if isinstance(failure, EngineDead):
+            self._closed = True
+        if failure is not None:
+            raise failure
+        return results
+
+    def _sub_batches(self, batch: Sequence[TokenisedPrompt]) -> Iterator[list[int]]:
+        """Indices into the batch, sorted by length; a sub-batch of near-context prompts has limits of its own."""
+        order = sorted(range(len(batch)), key=lambda i: (len(batch[i].ids), batch[i].limit))
+        size = self._plan.sub_batch
+        return (order[i : i + size] for i in range(0, len(order), size))
+
+    def _submit(self, indices: list[int], batch: Sequence[TokenisedPrompt]) -> _SubBatch:
+        tokens = self._tokens
+        prompts = [[tokens[i] for i in batch[index].ids] for index in indices]
+        limits = [batch[index].limit for index in indices]
+        callback = self._plan.callback(self._tokeniser, limits)
+        handles = self._generator.generate_batch(
+            prompts, max_length=max(limits), callback=callback, **self._plan.arguments
+        )
+        return _SubBatch(indices, handles)
+
+    def _finish(self, done: _SubBatch, batch: Sequence[TokenisedPrompt], results: list[Completion | Exception]) -> None:
+        responses = [handle.result().sequences_ids[0] for handle in done.handles]  # waits without holding the GIL
+        texts = self._tokeniser.tokenizer.decode_batch(responses, skip_special_tokens=True)
+        for index, ids, text in zip(done.indices, responses, texts, strict=True):
+            record = batch[index]
+            ended = len(ids) > 0 and ids[-1] in self._plan.end_ids
+            generated = len(ids) - ended
+            at = min((found for found in map(text.find, self._plan.stop) if found >= 0), default=-1)
+            reason = "stop" if ended or at >= 0 else "length"
+            results[index] = Completion(text if at < 0 else text[:at], reason, len(record.ids), generated)
+
+    async def aclose(self) -> None:
+        """Wait for the running calls, then free the model. Closing twice, or by two callers at once, is fine."""
+        self._closed = True
+        await asyncio.to_thread(self._unload)
+
+    def _unload(self) -> None:
+        with self._unloading:  # a second caller, maybe of another loop, waits for the first
+            self._threads.shutdown(wait=True)
+            self._generator.unload_model()
+
+    async def __aenter__(self) -> CTranslate2Engine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+_UNFINISHED = EngineError("the batch was cancelled before this record was computed")
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    device: Literal["auto", "cpu", "cuda"]
+    device_index: int
+    compute_type: str
+    inter_threads: int | None
+    intra_threads: int | None
+    sub_batch: int | None
+    chat: bool | Literal["auto"]
+    max_model_len: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _SubBatch:
+    indices: list[int]
+    handles: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """`SamplingParameters` in CTranslate2's words, worked out once."""
+
+    arguments: dict[str, Any]
+    stop: tuple[str, ...]
+    end_ids: frozenset[int]
+    suspects: frozenset[int]  # tokens that may complete a stop text
+    workers: int
+    sub_batch: int
+
+    @classmethod
+    def build(cls, sampling: SamplingParameters, files: ModelFolder, workers: int, sub_batch: int) -> _Plan:
+        tokenizer = files.tokenizer
+        size = tokenizer.get_vocab_size()
+        special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        # A special token never shows up in the text, so only its id can end a response. A normal token cannot stand
+        # for a text: the same text also comes as other tokens.
+        end_ids = frozenset([*files.end_ids, *(special[text] for text in sampling.stop if text in special)])
+        stop = tuple(text for text in sampling.stop if text not in special)
+        arguments: dict[str, Any] = {
+            "asynchronous": True,
+            "include_prompt_in_result": False,
+            "return_end_token": True,
+            "repetition_penalty": sampling.repetition_penalty,
+            "sampling_topk": 1,
+        }
+        if end_ids:
+            arguments["end_token"] = sorted(end_ids)
+        if sampling.temperature > 0:
+            arguments |= {
+                "sampling_topk": min(sampling.top_k, size),
+                "sampling_topp": sampling.top_p,
+                "sampling_temperature": sampling.temperature,
+            }
+        return cls(arguments, stop, end_ids, _suspects(tokenizer, stop), workers, sub_batch)
+
+    def callback(self, tokeniser: PromptTokeniser, limits: list[int]) -> Callable[[Any], bool] | None:
+        """What ends single responses early; None where nothing can, because it costs a call into Python a token."""
+        longest = max(limits)
+        if not self.stop and min(limits) == longest:
+            return None
+        responses: list[list[int]] = [[] for _ in limits]
+        suspects, stop, tokenizer = self.suspects, self.stop, tokeniser.tokenizer
+
+        def ends(step: Any) -> bool:
+            row = step.batch_id
+            response = responses[row]
+            token = step.token_id
+            response.append(token)
+            if len(response) >= limits[row]:
+                return True
+            if token in suspects:
+                text = tokenizer.decode(response, skip_special_tokens=True)
+                return any(end in text for end in stop)
+            return False
+
+        return ends
+
+
+def _suspects(tokenizer: Any, stop: tuple[str, ...]) -> frozenset[int]:
+    """Tokens whose text may hold the last character of a stop text, or a piece of one."""
+    if not stop:
+        return frozenset()
+    last = {text[-1] for text in stop}
+    ids = list(range(tokenizer.get_vocab_size()))
+    texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    # Some tokenizers strip a token's leading space when it stands alone: then all tokens count.
+    if any(character.isspace() for character in last):
+        return frozenset(ids)
+    return frozenset(i for i, text in zip(ids, texts, strict=True) if _REPLACEMENT in text or not last.isdisjoint(text))
+
+
+def _threads(device: str, inter: int | None, intra: int | None, sampling: SamplingParameters) -> tuple[int, int]:
+    """(workers, threads of each)."""
+    for name, value in (("inter_threads", inter), ("intra_threads", intra)):
+        if value is not None and value < 1:
+            raise BadInput(f"{name} must be at least 1, got {value}")
+    reproducible = sampling.seed is not None and sampling.temperature > 0
+    if reproducible and inter not in (None, 1):
+        raise BadInput(
+            "a seed needs inter_threads=1 (each worker draws from a generator of its own): leave one of them out"
+        )
+    if device == "cuda":
+        return inter or 1, intra or 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if inter is None:
+        inter = 1 if reproducible else max(1, cores // (intra or 1))
+    return inter, intra or max(1, cores // inter)
+
+
+def _context(folder: Path, known: int | None, asked: int | None) -> int:
+    if asked is not None and asked < 2:
+        raise BadInput(f"max_model_len must be at least 2 (a token of prompt, one of response), got {asked}")
+    if known is None and asked is None:
+        raise BadInput(f"{folder} does not say how long its context is: pass max_model_len (tokens)")
+    if known is not None and asked is not None and asked > known:
+        raise BadInput(f"max_model_len is {asked}, the model in {folder} has a context of {known} tokens: lower it")
+    return asked or known or 0
+
+
+def _import_ctranslate2() -> Any:
+    try:
+        import ctranslate2  # type: ignore[import-untyped]
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise BadInput("the engine ctranslate2 is not installed: pip install 'flyte-batch[cpu]'") from error
+    return ctranslate2
+
+
+def _translated(error: Exception, doing: str) -> EngineError:
+    """Which error of ours CTranslate2's is; it raises RuntimeError for nearly everything."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "bad_alloc")):
+        return EngineOutOfMemory(f"{doing}: out of memory ({text}); use smaller batches or a smaller compute_type")
+    if "CUDA failed" in text or "unloaded" in text:
+        return EngineDead(f"{doing}: {text}")
+    return EngineError(f"{doing}: {text}")
