@@ -140,6 +140,9 @@ def plan_chunks(
         raise BadInput(f"rows per chunk must be at least 1, got {rows_per_chunk}")
     if limit is not None and limit < 1:
         raise BadInput(f"the limit must be at least 1 row, got {limit}; leave it out for all rows")
+    from flyte_batch.data.storage import locate
+
+    folder = locate(output).uri  # absolute: a worker may run elsewhere
     rows = source.rows if limit is None else min(limit, source.rows)
     schema = source.encoded_schema
     common = hashlib.sha256(f"{_ID_VERSION}\n{schema}\n{canonical_json(settings)}".encode()).hexdigest()
@@ -167,7 +170,7 @@ def plan_chunks(
                 first_row=first_row,
                 rows=last_row - first_row,
                 spans=tuple(spans),
-                output=output,
+                output=folder,
                 schema=schema,
             )
         )
