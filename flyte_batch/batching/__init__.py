@@ -1,0 +1,9 @@
+"""Forming batches out of the records of many concurrent callers."""
+
+from flyte_batch.batching.base import Overflow
+from flyte_batch.batching.batcher import DynamicBatcher, TokenBatcher
+from flyte_batch.batching.packing import BatchCost
+from flyte_batch.batching.processing import ProcessFn
+from flyte_batch.batching.stats import BatchStats
+
+__all__ = ["BatchCost", "BatchStats", "DynamicBatcher", "Overflow", "ProcessFn", "TokenBatcher"]

@@ -1,0 +1,669 @@
+"""What every batcher shares: taking records from many callers, bounding the queue, starting, stopping and dying.
+
+All decisions are taken synchronously, on the batcher's event loop, at the moment that makes them possible: a record is
+admitted by whoever frees the room, not by its caller when that wakes up. Callers and the one dispatcher task only wait.
+What leaves the queue, when, and what is done with it is the subclass's `_serve`.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextvars
+import logging
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from itertools import islice
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+
+from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
+from flyte_batch.batching.packing import Backlog, Batch, Lane
+from flyte_batch.batching.processing import as_failure
+from flyte_batch.batching.stats import BatchStats, Meter
+from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, QueueFull
+
+logger = logging.getLogger(__name__)
+
+RecordT = TypeVar("RecordT")
+ResultT = TypeVar("ResultT")
+
+Overflow = Literal["wait", "reject"]
+"""What a full queue does to a submit: let it wait for room, or refuse it with `QueueFull`."""
+
+
+class State(Enum):
+    NEW = "was not started"
+    RUNNING = "is running"
+    STOPPING = "is stopping"
+    STOPPED = "was stopped"
+    DIED = "died"
+
+
+class ResultFuture(asyncio.Future[ResultT]):
+    """A submitted record's future. Cancelling it takes the record out of the queue at once."""
+
+    lane: SubmitLane[Any, ResultT] | None = None
+    """Where the record waits; None before and after."""
+
+    def __init__(self, cost: float, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop=loop)
+        self.cost = cost
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        cancelled = super().cancel(msg)
+        if cancelled and self.lane is not None:
+            lane, self.lane = self.lane, None
+            lane.owner._abandon(lane, self)
+        return cancelled
+
+
+class SubmitLane(Lane[RecordT, ResultT]):
+    """The records that one task submitted, or one call of ``submit_batch``; their tickets are futures."""
+
+    __slots__ = ("owner", "task")
+
+    def __init__(self, owner: Batcher[RecordT, ResultT], task: asyncio.Task[Any] | None) -> None:
+        super().__init__()
+        self.owner = owner
+        self.task = task
+
+    def queued(self, tickets: Sequence[ResultFuture[ResultT]]) -> None:
+        for future in tickets:
+            future.lane = self
+        if self.task is not None:
+            self.owner._lanes[self.task] = self
+
+    def wants(self, ticket: ResultFuture[ResultT]) -> bool:
+        return not ticket.done()
+
+    def taken(self, tickets: Sequence[ResultFuture[ResultT]]) -> None:
+        for future in tickets:
+            future.lane = None
+
+    def emptied(self) -> None:
+        if self.task is not None:
+            self.owner._lanes.pop(self.task, None)
+
+    def deliver(
+        self, tickets: Sequence[ResultFuture[ResultT]], outcomes: Sequence[ResultT | BaseException], failures: int
+    ) -> None:
+        for future, outcome in zip(tickets, outcomes, strict=True):
+            if future.done():
+                continue
+            if failures and isinstance(outcome, BaseException):
+                _fail(future, outcome)
+            else:
+                future.set_result(outcome)  # type: ignore[arg-type]
+
+
+def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
+    try:
+        future.set_exception(as_failure(error))
+    except RuntimeError:
+        # Whoever waited did so on a loop that is closed, and cannot be woken any more.
+        if not future.get_loop().is_closed():
+            raise
+
+
+class MapLane(Lane[RecordT, ResultT]):
+    """The records of one call of ``map``; their tickets are places in its results. The call has a single waiter."""
+
+    __slots__ = ("abandoned", "error", "refill_at", "results", "unresolved", "waiter")
+
+    def __init__(self, refill_at: int) -> None:
+        super().__init__()
+        self.results: list[Any] = []
+        self.unresolved = 0
+        self.abandoned = False
+        self.refill_at = refill_at
+        """The call is woken for more records when so few are queued; below 0 once it has no more."""
+        self.error: BaseException | None = None
+        """The first record's that failed."""
+        self.waiter: asyncio.Future[None] | None = None
+
+    def queued(self, tickets: Sequence[int]) -> None:
+        self.unresolved += len(tickets)
+
+    def wants(self, ticket: int) -> bool:
+        return not self.abandoned
+
+    def taken(self, tickets: Sequence[int]) -> None:
+        if len(self.records) <= self.refill_at:
+            self.wake()
+
+    def deliver(self, tickets: Sequence[int], outcomes: Sequence[ResultT | BaseException], failures: int) -> None:
+        results = self.results
+        for place, outcome in zip(tickets, outcomes, strict=True):
+            results[place] = outcome
+        self.unresolved -= len(tickets)
+        if failures:
+            for place in tickets:
+                if isinstance(results[place], BaseException):
+                    results[place] = as_failure(results[place])
+                    self.error = self.error or results[place]
+        if failures or not self.unresolved:
+            self.wake()
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def progress(self) -> None:
+        """Wait until there is room for more records, a failure, or the end."""
+        self.waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+
+class _Arrival(Generic[RecordT, ResultT]):
+    """Records that wait for room in the queue, together."""
+
+    __slots__ = ("admitted", "columns", "count", "lane")
+
+    def __init__(
+        self,
+        lane: Lane[RecordT, ResultT],
+        columns: tuple[Sequence[RecordT], Sequence[float], Sequence[Any]],
+        admitted: asyncio.Future[None],
+    ) -> None:
+        self.lane = lane
+        self.columns = columns
+        self.count = len(columns[0])
+        self.admitted = admitted
+
+
+batch_under_way: contextvars.ContextVar[object] = contextvars.ContextVar("batch_under_way", default=None)
+"""Inside process_fn, the batch it was called with: `stop` must not wait there for the batch to end."""
+
+
+class Batcher(abc.ABC, Generic[RecordT, ResultT]):
+    """Common ground of the batchers. See `DynamicBatcher` for the meaning of the options, which it has validated.
+
+    A batcher belongs to the event loop that started it. Its task runs in an empty `contextvars.Context`: it serves many
+    callers, and must not carry the context of the one that happened to start it.
+    """
+
+    def __init__(
+        self,
+        *,
+        backlog: Backlog[RecordT, ResultT],
+        costs: CostModel,
+        max_queue_size: int,
+        stride: int,
+        overflow: Overflow,
+    ) -> None:
+        self._backlog = backlog
+        self._costs = costs
+        self._max_queue_size = max_queue_size
+        # What map and submit_batch queue at a time. Twice that is enough for the next batch to be ready when the
+        # device becomes free, and leaves the rest of the queue to others.
+        self._stride = min(stride, max_queue_size)
+        self._overflow = overflow
+        self._meter = Meter()
+        self._state = State.NEW
+        self._cause_of_death: BaseException | None = None
+        self._unclosed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._now: Callable[[], float] = time.monotonic
+        self._task: asyncio.Task[None] | None = None
+        self._nudge: asyncio.Future[None] | None = None
+        self._lanes: dict[object, SubmitLane[RecordT, ResultT]] = {}
+        self._arrivals: deque[_Arrival[RecordT, ResultT]] = deque()
+        self._open_calls = 0
+        self._on_device: list[Batch[RecordT, ResultT]] = []
+
+    # -- What a subclass adds ---------------------------------------------
+
+    @abc.abstractmethod
+    async def _serve(self) -> None:
+        """The dispatcher: take from the backlog and run, until `_is_drained`."""
+
+    @abc.abstractmethod
+    def _is_due(self) -> bool:
+        """Whether something of what waits should leave now, however young it is."""
+
+    def _release(self) -> None:
+        """Let go of what `_serve` held, after it ended."""
+
+    # -- Life --------------------------------------------------------------
+
+    @property
+    def stats(self) -> BatchStats:
+        """The figures at this moment, the running batch included; a copy that does not change."""
+        return self._meter.snapshot(queued=len(self._backlog))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether records are being worked on; false as soon as the batcher has stopped or cannot go on."""
+        return (
+            self._state in (State.RUNNING, State.STOPPING)
+            and self._task is not None
+            and not self._task.done()
+            and self._loop is not None
+            and not self._loop.is_closed()
+        )
+
+    async def start(self) -> None:
+        """Begin to take records, on the running event loop. Also after `stop`, or after the batcher died.
+
+        Raises:
+            RuntimeError: it is running already.
+        """
+        if self.is_running:
+            raise RuntimeError(f"{type(self).__name__} is already running")
+        self._bury_if_dead()
+        self._state = State.RUNNING
+        self._cause_of_death = None
+        self._unclosed = True
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._task = self._loop.create_task(
+            self._serve(), name=f"{type(self).__name__}-dispatcher", context=contextvars.Context()
+        )
+        self._task.add_done_callback(self._dispatcher_ended)
+        self._meter.enter("starved")
+
+    async def stop(self) -> None:
+        """Refuse new records, finish all accepted ones (calls of `map` in progress too), then stop.
+
+        Cancelling it, by ``wait_for`` say, stops only the waiting: the batcher goes on to finish, and `stop` can be
+        awaited again. Called from within ``process_fn`` it does not wait, because that would be for itself.
+
+        Raises:
+            BatcherError: called from another event loop than the batcher's.
+        """
+        self._unclosed = False
+        self._bury_if_dead()
+        task = self._task
+        if task is None or not self.is_running:
+            return
+        if asyncio.get_running_loop() is not self._loop:
+            raise self._foreign_loop()
+        if self._state is State.RUNNING:
+            self._state = State.STOPPING
+            self._wake()
+        if batch_under_way.get() in self._on_device:
+            return
+        await asyncio.wait([task])
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def __del__(self) -> None:
+        if getattr(self, "_unclosed", False):
+            warnings.warn(
+                f"unclosed {type(self).__name__}: use `async with`, or await stop()",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def _dispatcher_ended(self, task: asyncio.Task[None]) -> None:
+        if task is not self._task or self._state not in (State.RUNNING, State.STOPPING):
+            return
+        if task.cancelled():
+            self._die(asyncio.CancelledError("its task was cancelled"))
+        elif (error := task.exception()) is not None:
+            self._die(error)
+        else:
+            self._state = State.STOPPED
+            self._meter.enter("off")
+            self._release()
+
+    def _bury_if_dead(self) -> None:
+        """Notice a death that nobody could report: the loop was closed, or is still to run the task's callback."""
+        if self._state not in (State.RUNNING, State.STOPPING) or self._task is None or self._loop is None:
+            return
+        if self._task.done():
+            self._dispatcher_ended(self._task)
+        elif self._loop.is_closed():
+            self._die(RuntimeError("its event loop was closed before stop() was awaited"))
+
+    def _die(self, cause: BaseException) -> None:
+        """Fail everything that waits, with a typed error and the cause."""
+        self._state = State.DIED
+        self._cause_of_death = cause
+        logger.error("%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
+        self._meter.enter("off")
+        self._meter.running = 0
+        for batch in (*self._on_device, self._backlog.take_all()):
+            self._settle(batch, [self._death() for _ in range(len(batch))])
+        self._on_device.clear()
+        for arrival in self._arrivals:
+            if not arrival.admitted.done():
+                _fail(arrival.admitted, self._death())
+        self._arrivals.clear()
+        self._lanes.clear()
+        self._release()
+
+    def _death(self) -> BatcherDied:
+        cause = self._cause_of_death
+        error = BatcherDied(
+            f"{type(self).__name__} died of {type(cause).__name__}: {cause}; call start() once its cause is removed"
+        )
+        error.__cause__ = cause
+        return error
+
+    def _foreign_loop(self) -> BatcherError:
+        return BatcherError(
+            f"{type(self).__name__} belongs to another event loop than this one; "
+            "from another thread use asyncio.run_coroutine_threadsafe(batcher.map(...), loop), or give each loop its own"
+        )
+
+    def _check_caller(self) -> asyncio.AbstractEventLoop:
+        """The loop, if a record may be submitted now and from here."""
+        if self._state is not State.RUNNING or not self.is_running:
+            self._bury_if_dead()
+            if self._state is State.DIED:
+                raise self._death()
+            raise BatcherNotRunning(
+                f"{type(self).__name__} is not running: it {self._state.value}. Call start() or use 'async with'."
+            )
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            raise self._foreign_loop()
+        if asyncio.current_task(loop) is self._task:
+            raise BatcherError("process_fn submits to the batcher that runs it, and would wait for itself")
+        return loop
+
+    # -- Taking records ----------------------------------------------------
+
+    async def submit(self, record: RecordT, *, estimated_cost: float | None = None) -> asyncio.Future[ResultT]:
+        """Queue one record; waits while the queue is full.
+
+        Args:
+            record: what ``process_fn`` gets.
+            estimated_cost: its cost. None asks ``cost_estimator``, then ``record.estimate_cost()``, then takes
+                ``default_cost``.
+
+        Returns:
+            A future of the record's result. Cancelling it takes the record out of the queue.
+
+        Raises:
+            BatcherNotRunning: before `start`, or since `stop` was called.
+            BatcherDied: the batcher cannot go on.
+            QueueFull: no room, and ``overflow="reject"``.
+            BatcherError: called from another event loop, or from within ``process_fn``.
+            TypeError, ValueError: the cost is no usable number. What an estimator raises is passed on.
+        """
+        loop = self._check_caller()
+        given = estimated_cost
+        cost = self._costs.cost_of(record) if given is None else checked_cost(given, "estimated_cost")
+        task = asyncio.current_task(loop)
+        lane = self._lanes.get(task) or SubmitLane(self, task)
+        future: ResultFuture[ResultT] = ResultFuture(cost, loop)
+        if self._has_room(1):
+            self._push(lane, (record,), (cost,), (future,))
+        else:
+            self._refuse_if_no_room(1)
+            with self._open_call():
+                await self._admit(lane, (record,), (cost,), (future,))
+        return future
+
+    async def submit_batch(
+        self, records: Sequence[RecordT], *, estimated_cost: Sequence[float] | None = None
+    ) -> list[asyncio.Future[ResultT]]:
+        """Queue several records, all or none, and return their futures. `map` does it at a fraction of the effort.
+
+        Raises:
+            ValueError: ``estimated_cost`` has another length than ``records``.
+            QueueFull: no room for all of them, and ``overflow="reject"``.
+            Exception: as `submit`; a record without a usable cost is named before any is queued.
+        """
+        loop = self._check_caller()
+        records = list(records)
+        costs = self._costs_for(records, estimated_cost)
+        self._refuse_if_no_room(len(records))
+        lane = SubmitLane[RecordT, ResultT](self, None)
+        futures = [ResultFuture[ResultT](cost, loop) for cost in costs]
+        with self._open_call():
+            try:
+                for start in range(0, len(records), self._stride):
+                    part = slice(start, start + self._stride)
+                    await self._admit(lane, records[part], costs[part], futures[part])
+            except BaseException:
+                # Nobody will ever hold these futures.
+                for future in futures:
+                    future.cancel()
+                raise
+        return list(futures)
+
+    async def map(
+        self,
+        records: Iterable[RecordT],
+        *,
+        estimated_cost: Sequence[float] | None = None,
+        return_exceptions: bool = False,
+    ) -> list[ResultT]:
+        """The results of all records, in order. Waits once for all of them: no future or task per record.
+
+        Records are drawn from ``records`` a few batches ahead of the device, so it may be a generator. Cancelling it
+        abandons what has not reached the device.
+
+        Args:
+            records: what ``process_fn`` gets.
+            estimated_cost: one a record; None as for `submit`.
+            return_exceptions: put a failed record's exception in its place instead of raising the first.
+
+        Raises:
+            ValueError: ``estimated_cost`` has another length than ``records``.
+            QueueFull: the queue is full at the start, and ``overflow="reject"``. Once begun, a map waits for room.
+            Exception: as `submit`, and the first failed record's error.
+        """
+        self._check_caller()
+        self._refuse_if_no_room(1)
+        lane = MapLane[RecordT, ResultT](refill_at=self._stride)
+        with self._open_call():
+            try:
+                await self._feed(lane, records, estimated_cost, return_exceptions)
+                lane.refill_at = -1
+                while lane.unresolved and (return_exceptions or lane.error is None):
+                    await lane.progress()
+                if lane.error is not None and not return_exceptions:
+                    raise lane.error
+                return lane.results
+            finally:
+                lane.abandoned = True
+                self._meter.abandoned += self._backlog.discard(lane)
+                self._room_was_made()
+
+    async def _feed(
+        self,
+        lane: MapLane[RecordT, ResultT],
+        records: Iterable[RecordT],
+        estimated_cost: Sequence[float] | None,
+        return_exceptions: bool,
+    ) -> None:
+        """Queue a map's records stride by stride, as the device takes them."""
+        source = iter(records)
+        start = 0
+        while some := list(islice(source, self._stride)):
+            places: Sequence[int] = range(start, start + len(some))
+            given = None if estimated_cost is None else estimated_cost[start : start + len(some)]
+            start += len(some)
+            lane.results += [None] * len(some)
+            try:
+                costs = self._costs_for(some, given)
+            except Exception:
+                if not return_exceptions:
+                    raise
+                some, costs, places = self._those_with_a_cost(lane, some, given, places)
+            try:
+                await self._admit(lane, some, costs, places)
+            except BatcherDied:
+                if not return_exceptions:
+                    raise
+                for place in places:
+                    lane.results[place] = self._death()
+            while len(lane) > lane.refill_at and (return_exceptions or lane.error is None):
+                await lane.progress()
+            if lane.error is not None and not return_exceptions:
+                return
+        if estimated_cost is not None and len(estimated_cost) != start:
+            raise _length_mismatch(len(estimated_cost), start)
+
+    def _those_with_a_cost(
+        self,
+        lane: MapLane[RecordT, ResultT],
+        records: Sequence[RecordT],
+        given: Sequence[float] | None,
+        places: Sequence[int],
+    ) -> tuple[list[RecordT], list[float], list[int]]:
+        """What is left of the records after those whose cost cannot be had got their error as the result."""
+        columns: tuple[list[RecordT], list[float], list[int]] = ([], [], [])
+        for i, (record, place) in enumerate(zip(records, places, strict=True)):
+            try:
+                (cost,) = self._costs_for([record], None if given is None else given[i : i + 1])
+            except Exception as error:
+                lane.results[place] = error
+            else:
+                columns[0].append(record)
+                columns[1].append(cost)
+                columns[2].append(place)
+        return columns
+
+    def _costs_for(self, records: Sequence[RecordT], given: Sequence[float] | None) -> list[float]:
+        if given is None:
+            return self._costs.costs_of(records)
+        if len(given) != len(records):
+            raise _length_mismatch(len(given), len(records))
+        return checked_costs(given, "estimated_cost")
+
+    # -- The queue's bound -------------------------------------------------
+
+    def _fits(self, count: int) -> bool:
+        return len(self._backlog) + count <= self._max_queue_size
+
+    def _has_room(self, count: int) -> bool:
+        """Whether a newcomer may enter: not ahead of those who wait already."""
+        return not self._arrivals and self._fits(count)
+
+    def _refuse_if_no_room(self, count: int) -> None:
+        if self._overflow == "reject" and not self._has_room(count):
+            raise QueueFull(
+                f"no room for {count} more: {len(self._backlog)} records wait, max_queue_size={self._max_queue_size}. "
+                'Shed this load, come back later, or use overflow="wait"'
+            )
+
+    async def _admit(
+        self,
+        lane: Lane[RecordT, ResultT],
+        records: Sequence[RecordT],
+        costs: Sequence[float],
+        tickets: Sequence[Any],
+    ) -> None:
+        """Queue records, at most `_stride`, together, first come first served.
+
+        Raises:
+            BatcherDied: meanwhile, or before.
+        """
+        if self._state is State.DIED:
+            raise self._death()
+        if not records:
+            return
+        if self._has_room(len(records)):
+            self._push(lane, records, costs, tickets)
+            return
+        arrival = _Arrival(lane, (records, costs, tickets), asyncio.get_running_loop().create_future())
+        self._arrivals.append(arrival)
+        self._wake()
+        try:
+            await arrival.admitted
+        except asyncio.CancelledError:
+            # It may have been the one that the others waited behind.
+            self._room_was_made()
+            raise
+
+    def _push(
+        self,
+        lane: Lane[RecordT, ResultT],
+        records: Sequence[RecordT],
+        costs: Sequence[float],
+        tickets: Sequence[Any],
+    ) -> None:
+        was_empty = not len(self._backlog)
+        self._backlog.push(lane, records, costs, tickets, self._now())
+        self._meter.submitted += len(records)
+        if was_empty and self._meter.phase == "starved":
+            self._meter.enter("assembling")
+        if self._nudge is not None and (was_empty or self._is_due()):
+            self._wake()
+
+    def _abandon(self, lane: SubmitLane[RecordT, ResultT], future: ResultFuture[ResultT]) -> None:
+        """A caller gave up on a record that waits."""
+        self._backlog.drop(lane, future, future.cost)
+        self._meter.abandoned += 1
+        self._room_was_made()
+
+    def _room_was_made(self) -> None:
+        while self._arrivals:
+            arrival = self._arrivals[0]
+            if not arrival.admitted.done():
+                if not self._fits(arrival.count):
+                    break
+                self._push(arrival.lane, *arrival.columns)
+                arrival.admitted.set_result(None)
+            self._arrivals.popleft()
+        if self._meter.phase == "assembling" and not len(self._backlog):
+            self._meter.enter("starved")
+
+    # -- The dispatcher's waiting ------------------------------------------
+
+    @contextmanager
+    def _open_call(self) -> Iterator[None]:
+        """A call that may still queue records: `stop` lets it finish."""
+        self._open_calls += 1
+        try:
+            yield
+        finally:
+            self._open_calls -= 1
+            self._wake()
+
+    def _is_drained(self) -> bool:
+        """Whether `stop` was called and nothing accepted is left to do."""
+        return self._state is State.STOPPING and not len(self._backlog) and not self._open_calls
+
+    def _wake(self) -> None:
+        """Let the dispatcher look again."""
+        if self._nudge is not None and not self._nudge.done():
+            self._nudge.set_result(None)
+
+    async def _nap(self, until: float | None) -> None:
+        """Until something happened, or that time on the loop's clock."""
+        loop = asyncio.get_running_loop()
+        self._nudge = loop.create_future()
+        timer = None if until is None else loop.call_at(until, self._wake)
+        try:
+            await self._nudge
+        finally:
+            self._nudge = None
+            if timer is not None:
+                timer.cancel()
+
+    # -- Outcomes ----------------------------------------------------------
+
+    def _settle(self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]) -> None:
+        """Resolve a batch's records; an exception in a record's place fails that record only."""
+        failures = 0
+        if any(issubclass(kind, BaseException) for kind in set(map(type, outcomes))):
+            failures = sum(isinstance(outcome, BaseException) for outcome in outcomes)
+        self._meter.completed += len(batch)
+        self._meter.failed += failures
+        batch.deliver(outcomes, failures)
+
+
+def _length_mismatch(costs: int, records: int) -> BadInput:
+    return BadInput(f"estimated_cost has {costs} items for {records} records; give one cost a record, or None")

@@ -1,0 +1,168 @@
+"""What a batcher did with its device's time, and how well it filled the batches.
+
+`BatchStats` is a frozen snapshot that can be added up over replicas; `Meter` is what a batcher writes into. The meter
+knows no event loop, so that its arithmetic can be tested with a clock of the test's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+Phase = Literal["off", "starved", "assembling", "busy"]
+"""What the device does: not started, free with nothing waiting, free while a batch fills, at work."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """A batcher's figures at one moment, the running batch included. Names shared with flyte.extras mean the same.
+
+    ``a + b`` adds up two batchers (replicas, models): times and counts are summed, averages follow from the sums.
+
+    Attributes:
+        total_submitted: records accepted.
+        total_completed: records resolved with a result or an error; abandoned ones are not among them.
+        total_failed: those of ``total_completed`` that got an error.
+        total_abandoned: accepted records whose caller gave up before they reached the device.
+        total_batches: finished calls of ``process_fn``, retries of split batches included.
+        total_batch_records: records in those calls; a record that was retried counts each time.
+        total_batch_cost: their cost, as the budget sees it (``rows x longest`` for padded batches).
+        total_record_cost: the sum of the records' own costs.
+        total_padded_cost: the sum of ``rows x longest``, what a padded model computes.
+        total_fill: the sum over batches of the share of the budget or of ``max_batch_size``, whichever is larger.
+        out_of_memory: batches that did not fit the device.
+        queued: records waiting at this moment.
+        running: records on the device at this moment.
+        busy_time_s: seconds inside ``process_fn``, the running call included.
+        starved_time_s: seconds with a free device and nothing waiting: bring more records.
+        assembling_time_s: seconds with a free device and records waiting for more: lower ``batch_timeout_s``.
+        loop_blocked_s: seconds in which an ``async def process_fn`` held the event loop beyond the warning's threshold.
+    """
+
+    total_submitted: int = 0
+    total_completed: int = 0
+    total_failed: int = 0
+    total_abandoned: int = 0
+    total_batches: int = 0
+    total_batch_records: int = 0
+    total_batch_cost: float = 0
+    total_record_cost: float = 0
+    total_padded_cost: float = 0
+    total_fill: float = 0.0
+    out_of_memory: int = 0
+    queued: int = 0
+    running: int = 0
+    busy_time_s: float = 0.0
+    starved_time_s: float = 0.0
+    assembling_time_s: float = 0.0
+    loop_blocked_s: float = 0.0
+
+    @property
+    def idle_time_s(self) -> float:
+        """Seconds in which the device was free: starved and assembling."""
+        return self.starved_time_s + self.assembling_time_s
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time that the device was at work, in [0, 1]; 0 before the start."""
+        return _ratio(self.busy_time_s, self.busy_time_s + self.idle_time_s)
+
+    @property
+    def avg_batch_size(self) -> float:
+        """Records a batch."""
+        return _ratio(self.total_batch_records, self.total_batches)
+
+    @property
+    def avg_batch_cost(self) -> float:
+        """Cost a batch, as the budget sees it."""
+        return _ratio(self.total_batch_cost, self.total_batches)
+
+    @property
+    def fill(self) -> float:
+        """How full the average batch was, by cost or by size; above 1 only where a record alone exceeds the budget."""
+        return _ratio(self.total_fill, self.total_batches)
+
+    @property
+    def padding_efficiency(self) -> float:
+        """Share of a padded model's work that is no padding, in [0, 1]; 1 where records have no cost."""
+        return _ratio(self.total_record_cost, self.total_padded_cost, empty=1.0)
+
+    def __add__(self, other: BatchStats) -> BatchStats:
+        if not isinstance(other, BatchStats):
+            return NotImplemented
+        return BatchStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __radd__(self, other: object) -> BatchStats:
+        # sum() starts at 0.
+        return self if other == 0 else NotImplemented
+
+
+def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
+    return part / whole if whole > 0 else empty
+
+
+class Meter:
+    """Collects what a batcher reports; every second belongs to exactly one phase.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.submitted = self.completed = self.failed = self.abandoned = 0
+        self.batches = self.batch_records = self.out_of_memory = self.running = 0
+        self.batch_cost: float = 0
+        self.record_cost: float = 0
+        self.padded_cost: float = 0
+        self.fill = self.loop_blocked_s = 0.0
+        self._clock = clock
+        self._seconds: dict[Phase, float] = {"off": 0.0, "starved": 0.0, "assembling": 0.0, "busy": 0.0}
+        self._phase: Phase = "off"
+        self._since = clock()
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    def enter(self, phase: Phase) -> None:
+        """From now on the time is ``phase``'s."""
+        now = self._clock()
+        self._seconds[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+    def batch_finished(self, records: int, cost: float, record_cost: float, padded_cost: float, fill: float) -> None:
+        """One call of ``process_fn`` ended, well or badly."""
+        self.batches += 1
+        self.batch_records += records
+        self.batch_cost += cost
+        self.record_cost += record_cost
+        self.padded_cost += padded_cost
+        self.fill += fill
+
+    def snapshot(self, queued: int) -> BatchStats:
+        """The figures now, the phase that is under way included."""
+        stats = BatchStats(
+            total_submitted=self.submitted,
+            total_completed=self.completed,
+            total_failed=self.failed,
+            total_abandoned=self.abandoned,
+            total_batches=self.batches,
+            total_batch_records=self.batch_records,
+            total_batch_cost=self.batch_cost,
+            total_record_cost=self.record_cost,
+            total_padded_cost=self.padded_cost,
+            total_fill=self.fill,
+            out_of_memory=self.out_of_memory,
+            queued=queued,
+            running=self.running,
+            busy_time_s=self._seconds["busy"],
+            starved_time_s=self._seconds["starved"],
+            assembling_time_s=self._seconds["assembling"],
+            loop_blocked_s=self.loop_blocked_s,
+        )
+        if self._phase == "off":
+            return stats
+        name = f"{self._phase}_time_s"
+        return replace(stats, **{name: getattr(stats, name) + self._clock() - self._since})
