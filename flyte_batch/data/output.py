@@ -25,6 +25,7 @@ from flyte_batch.data import manifest as manifests
 from flyte_batch.data import storage
 from flyte_batch.data.chunks import Chunk
 from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE, Manifest, RunRecord
+from flyte_batch.data.parquet import conform
 from flyte_batch.data.parts import PartInfo, read_part_info
 from flyte_batch.data.sources import Source
 from flyte_batch.data.storage import Location
@@ -220,7 +221,7 @@ def iter_output(path: str, *, columns: Sequence[str] | None = None) -> Iterator[
                 table = pq.read_table(opened, columns=names, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"the part {file} is damaged ({storage.reason(error)}): delete it and run again") from error
-        yield pa.table([table.column(name) for name in names], schema=wanted)
+        yield conform(table, wanted)
 
 
 def read_output(path: str, *, columns: Sequence[str] | None = None) -> pa.Table:

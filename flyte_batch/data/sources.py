@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +28,7 @@ FORMATS: tuple[Format, ...] = (Jsonl(), Parquet())
 _BY_SUFFIX = {suffix: one for one in FORMATS for suffix in one.suffixes}
 _BY_NAME = {one.name: one for one in FORMATS}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".xz", ".lz4", ".zip")
+_SCANS_AT_ONCE = 8  # for object stores, where a footer costs a round trip
 _GLOB = frozenset("*?[")
 
 
@@ -94,7 +96,16 @@ def open_source(path: str, *, columns: Sequence[str] | None = None) -> Source:
     chosen = _check_columns(columns)
     found = _find(path)
     share = max(4096, INDEX_ENTRIES // len(found))
-    files = tuple(_BY_SUFFIX[_suffix(one)].scan(one.location, one.size, one.modified, chosen, share) for one in found)
+    with ThreadPoolExecutor(min(_SCANS_AT_ONCE, len(found))) as threads:
+        scans = [
+            threads.submit(_BY_SUFFIX[_suffix(one)].scan, one.location, one.size, one.modified, chosen, share)
+            for one in found
+        ]
+        try:
+            files = tuple(scan.result() for scan in scans)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     rows = sum(one.rows for one in files)
     if rows == 0:
         raise BadInput(f"{path} has no rows: nothing to infer")

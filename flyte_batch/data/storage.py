@@ -6,6 +6,7 @@ and errors that name the path and the operating system's reason.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -22,6 +23,10 @@ from flyte_batch.errors import BadInput
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin with a dot are ignored by pyarrow.dataset, Spark, DuckDB globs and by `sources`."""
+
+# Errors that the next attempt gets as well; object stores say theirs in the message.
+_LASTING = frozenset((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
+_REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|HTTP status (401|403|404)|[Pp]ermission denied")
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -127,17 +132,20 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def explained(what: str, location: Location) -> Iterator[None]:
-    """Turns an operating system's refusal to ``what`` (``read``, ``list``, ...) into a `BadInput` naming the path."""
+    """Turns a lasting refusal to ``what`` (``read``, ``list``, ...) into a `BadInput` naming the path.
+
+    Other OSErrors pass: a broken connection is no bad input, and worth a retry.
+    """
     try:
         yield
     except FileNotFoundError as error:
         raise BadInput(f"no such file or folder: {location}") from error
-    except PermissionError as error:
+    except OSError as error:
+        if not (error.errno in _LASTING or _REFUSED.search(str(error))):
+            raise
         raise BadInput(
             f"can't {what} {location}: {reason(error)}; give this process the right to {what} it or choose another path"
         ) from error
-    except OSError as error:
-        raise BadInput(f"can't {what} {location}: {reason(error)}") from error
 
 
 def entry(location: Location) -> Entry | None:
