@@ -134,8 +134,8 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"{folder} holds no model: looked for model.bin, as ct2-transformers-converter writes it")
     if not (folder / "tokenizer.json").is_file():
         raise BadInput(
-            f"{folder} holds model.bin but no tokenizer.json: copy it, and tokenizer_config.json, from the model that was "
-            "converted"
+            f"{folder} holds model.bin but no tokenizer.json: copy it, and tokenizer_config.json, from the model that "
+            "was converted"
         )
 
 
