@@ -7,6 +7,7 @@ the time of the last change, so that a copy of a larger or remote file counts as
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ HASHED_BYTES = 1 << 30
 """Local files up to this size are hashed whole: about a second a GiB, nothing beside inferring their rows."""
 
 _MAGIC = b"PAR1"
+_BROKEN = re.compile(r"deserializ|corrupt|decompress|unexpected end of stream|invalid", re.IGNORECASE)
 _BUFFER_BYTES = 4 << 20
 
 
@@ -78,7 +80,10 @@ class Parquet:
                 raise changed
             try:
                 yield from _read(file, span, schema, batch_rows)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
+                # pyarrow reports broken pages as an OSError without a number, like an object store its faults.
+                if isinstance(error, OSError) and not _BROKEN.search(str(error)):
+                    raise
                 raise BadInput(f"{location} is broken ({storage.reason(error)}): write it anew") from error
 
 

@@ -165,7 +165,7 @@ def test_columns_come_in_the_order_in_which_they_are_first_seen_or_chosen(write_
 json_scalars = st.one_of(
     st.none(),
     st.text(st.characters(exclude_categories=["Cs"])),
-    st.text(st.sampled_from("\u2028\u2029\x00\x1f\x7f\x85\ufeff\\\"\n\r😀é")),
+    st.text(st.sampled_from('\u2028\u2029\x00\x1f\x7f\x85\ufeff\\"\n\r😀é')),
 )
 
 
@@ -191,7 +191,9 @@ def test_every_text_comes_back_as_it_was_written(
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200), capacity=st.integers(2, 40), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_full_index_thins_out_and_still_finds_every_row(lengths: list[int], capacity: int, data: st.DataObject) -> None:
+def test_a_full_index_thins_out_and_still_finds_every_row(
+    lengths: list[int], capacity: int, data: st.DataObject
+) -> None:
     index, exact, offsets = RowIndex(capacity), RowIndex(10**6), [0]
     for n, length in enumerate(lengths):
         for one in (index, exact):
