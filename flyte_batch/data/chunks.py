@@ -89,6 +89,25 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class DeviceUse:
+    """What one engine's device did between two moments; chunks that share an engine overlap.
+
+    Attributes:
+        engine: names one life of one engine.
+        start: Unix time in seconds.
+        end: Unix time in seconds.
+        busy_start: the device's busy seconds since the engine's start, at ``start``.
+        busy_end: the same at ``end``.
+    """
+
+    engine: str
+    start: float
+    end: float
+    busy_start: float
+    busy_end: float
+
+
+@dataclass(frozen=True)
 class ChunkReport:
     """What a worker tells the driver about one chunk: counts, never rows.
 
@@ -101,7 +120,7 @@ class ChunkReport:
         response_tokens: tokens of all responses.
         part: the part's file name.
         seconds: wall time from reading to commit.
-        stats: the batcher's figures, None where nobody measured.
+        device: what the replica's device did meanwhile.
     """
 
     chunk_id: str
@@ -111,8 +130,8 @@ class ChunkReport:
     prompt_tokens: int
     response_tokens: int
     part: str
-    seconds: float = 0.0
-    stats: dict[str, float] | None = None
+    seconds: float
+    device: DeviceUse
 
 
 def plan_chunks(

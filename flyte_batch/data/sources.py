@@ -59,6 +59,20 @@ class Source:
         """The schema in base64; `decode_schema` reads it."""
         return encode_schema(self.schema)
 
+    def require(self, columns: Iterable[str]) -> None:
+        """Check that the source has these columns, before anything is started for their sake.
+
+        Raises:
+            BadInput: names the missing one, the closest, and those that are there.
+        """
+        _require(self.path, columns, self.schema.names)
+
+
+def _require(path: str, columns: Iterable[str], names: Iterable[str]) -> None:
+    for name in columns:
+        if name not in names:
+            raise BadInput(f"{path} has no column {name!r}{_did_you_mean(name, names)}; it has {', '.join(names)}")
+
 
 def encode_schema(schema: pa.Schema) -> str:
     return base64.b64encode(schema.serialize().to_pybytes()).decode()
@@ -110,9 +124,7 @@ def open_source(path: str, *, columns: Sequence[str] | None = None) -> Source:
     if rows == 0:
         raise BadInput(f"{path} has no rows: nothing to infer")
     names = dict.fromkeys(name for one in files for name in one.names)
-    for name in chosen or ():
-        if name not in names:
-            raise BadInput(f"{path} has no column {name!r}{_did_you_mean(name, names)}; it has {', '.join(names)}")
+    _require(path, chosen or (), names)
     schema = _unify(files, chosen)
     if not schema.names:
         raise BadInput(f"{path} has no columns: its rows are all {{}}")

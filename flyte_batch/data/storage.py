@@ -160,7 +160,9 @@ def entries(folder: Location, *, recursive: bool = False) -> list[Entry]:
     selector = pafs.FileSelector(folder.path, allow_not_found=True, recursive=recursive)
     with explained("list", folder):
         infos = folder.fs.get_file_info(selector)
-    return sorted((_entry(folder.at(info.path), info) for info in infos), key=lambda found: found.location.path)
+    rooted = folder.path.startswith("/")  # some file systems answer with a slash that was not asked with
+    found = [_entry(folder.at(info.path if rooted else info.path.lstrip("/")), info) for info in infos]
+    return sorted(found, key=lambda one: one.location.path)
 
 
 def _entry(location: Location, info: pafs.FileInfo) -> Entry:

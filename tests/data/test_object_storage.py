@@ -1,0 +1,102 @@
+"""The same promises on storage that is no disk: an in-memory object store behind pyarrow's file system interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs as pafs
+
+from flyte_batch.data import storage
+from flyte_batch.data.chunks import plan_chunks, read_chunk
+from flyte_batch.data.output import Output, read_output
+from flyte_batch.data.parts import write_part
+from flyte_batch.data.sources import open_source
+from flyte_batch.errors import BadInput
+from flyte_batch.records import Completion
+
+locate = storage.locate
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    memory = fsspec.filesystem("memory", use_listings_cache=False)
+    filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(memory))
+
+    def locate_in_memory(path: str | os.PathLike[str]) -> storage.Location:
+        text = os.fspath(path)
+        if text.startswith("memory://"):
+            return storage.Location(filesystem, text.removeprefix("memory://"), "memory://")
+        return locate(path)
+
+    monkeypatch.setattr(storage, "locate", locate_in_memory)
+    yield memory
+    memory.rm("/", recursive=True)
+
+
+def test_a_run_reads_and_commits_by_uri_and_leaves_no_temporary_file(bucket: Any) -> None:
+    bucket.pipe("/b/in/a.jsonl", b'{"n": 0}\n{"n": 1}\n{"n": 2}\n')
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": [3, 4]}), sink)
+    bucket.pipe("/b/in/b.parquet", sink.getvalue().to_pybytes())
+    for given in ("memory://b/in", "memory://b/in/*", "memory://b/**/[ab].*"):
+        assert open_source(given).rows == 5
+    source = open_source("memory://b/in")
+    for _ in range(2):
+        output = Output.open("memory://b/out", {"model": "m"}, source)
+        chunks = plan_chunks(source, output.path, 2, settings={"model": "m"})
+        assert [span.path for span in chunks[1].spans] == ["memory://b/in/a.jsonl", "memory://b/in/b.parquet"]
+        done = output.resume(chunks)
+        for chunk in chunks:
+            if chunk.id not in done:
+                write_part(chunk, read_chunk(chunk), [Completion("x", "stop", 1, 1)] * chunk.rows)
+        output.commit(chunks)
+    assert len(done) == 3
+    assert read_output("memory://b/out")["n"].to_pylist() == [0, 1, 2, 3, 4]
+    names = sorted(path.rpartition("/")[2] for path in bucket.ls("/b/out", detail=False))
+    assert names == ["_manifest.json", "_run.json", *(chunk.part for chunk in chunks)]
+
+
+def test_an_upload_that_breaks_off_leaves_no_part(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.pipe("/b/a.jsonl", b'{"n": 0}\n')
+    (chunk,) = plan_chunks(open_source("memory://b/a.jsonl"), "memory://b/out", 2, settings={})
+
+    def break_off(*_: object, **__: object) -> None:
+        raise OSError("connection reset")
+
+    for step in ("mv", "move"):
+        monkeypatch.setattr(bucket, step, break_off)
+    with pytest.raises(OSError, match="connection reset"):
+        write_part(chunk, read_chunk(chunk), [Completion("x", "stop", 1, 1)])
+    assert not bucket.exists("/b/out") or bucket.ls("/b/out", detail=False) == []
+
+
+def test_a_broken_connection_is_worth_a_retry_and_a_refusal_is_bad_input(tmp_path: Path) -> None:
+    location = storage.locate(tmp_path)
+    with pytest.raises(ConnectionResetError), storage.explained("read", location):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(OSError, match="SLOW_DOWN"), storage.explained("read", location):
+        raise OSError("When reading: AWS Error SLOW_DOWN during GetObject operation")
+    with pytest.raises(BadInput, match=f"can't read {tmp_path}: .*ACCESS_DENIED"), storage.explained("read", location):
+        raise OSError("When reading: AWS Error ACCESS_DENIED during GetObject operation: Access Denied")
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("s3://bucket/folder/*.jsonl?region=eu-west-1&endpoint_override=localhost:9000", "bucket/folder/*.jsonl"),
+        ("s3://bucket/a b/é[1].parquet?region=eu-west-1", "bucket/a b/é[1].parquet"),
+    ],
+)
+def test_a_uri_keeps_its_options_for_every_file_in_it(uri: str, path: str) -> None:
+    location = storage.locate(uri)
+    assert location.path == path
+    assert location.uri == uri
+    query = uri[uri.index("?") :]
+    assert location.parent.child("x.jsonl").uri == f"s3://{path.rpartition('/')[0]}/x.jsonl{query}"
