@@ -2,8 +2,9 @@
 
 from flyte_batch.batching.base import Overflow
 from flyte_batch.batching.batcher import DynamicBatcher, TokenBatcher
+from flyte_batch.batching.engine_batcher import EngineBatcher
 from flyte_batch.batching.packing import BatchCost
 from flyte_batch.batching.processing import ProcessFn
 from flyte_batch.batching.stats import BatchStats
 
-__all__ = ["BatchCost", "BatchStats", "DynamicBatcher", "Overflow", "ProcessFn", "TokenBatcher"]
+__all__ = ["BatchCost", "BatchStats", "DynamicBatcher", "EngineBatcher", "Overflow", "ProcessFn", "TokenBatcher"]

@@ -1,0 +1,63 @@
+# python3 (3.11 or newer) and make are all that is assumed; everything else is installed into .venv.
+#   make run     answer 5,000 generated problems with the demo model, through flyte's local mode
+#   make test    the test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUT ?= out
+ROWS ?= 5000
+SEED ?= 2026
+export DO_NOT_TRACK = 1
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help run test lint types check benchmarks train-demo-model clean
+help:
+	@sed -n '2,3p' Makefile
+
+run: $(VENV)/installed-run
+	@mkdir -p $(OUT)
+	$(BIN)/python -m flyte_batch.demo problems --count $(ROWS) --seed $(SEED) --output $(OUT)/problems.jsonl
+	$(BIN)/flyte run --local workflows/generate.py main --source $(OUT)/problems.jsonl --output $(OUT)/answers
+	$(BIN)/python -m flyte_batch.demo score $(OUT)/answers
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+benchmarks: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/batching.py
+	$(BIN)/python benchmarks/end_to_end.py
+
+# Two CPU cores, about an hour; replaces flyte_batch/demo/model if the new one is good enough.
+train-demo-model: $(VENV)/installed-train
+	PYTHONPATH=. HF_HUB_OFFLINE=1 $(BIN)/python training/demo_model.py
+
+clean:
+	rm -rf $(VENV) $(OUT)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "flyte_batch needs Python 3.11 or newer, and '$(PYTHON)' is not: install it, then: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module: install it (Debian and Ubuntu: apt-get install python3-venv), then run make again"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-run: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[cpu]' || { echo "the packages could not be installed: see pip's words above; is a package index reachable?"; exit 1; }
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]' || { echo "the packages could not be installed: see pip's words above; is a package index reachable?"; exit 1; }
+	@touch $@ $(VENV)/installed-run
+
+$(VENV)/installed-train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[cpu,train]'
+	@touch $@

@@ -1,0 +1,231 @@
+"""A run over a dataset: plan chunks, fan them out, commit the manifest. Knows no Flyte: it takes "run this chunk".
+
+A run's way: `open_source` and `Output.open` (everything that can be wrong is found here, before any engine starts)
+-> `plan_chunks` -> chunks that a former run committed are skipped -> bounded fan-out -> manifest -> `RunSummary`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
+from flyte_batch.errors import BadInput, ChunkFailed, TooManyFailures
+from flyte_batch.fingerprint import fingerprint
+from flyte_batch.planning.chunks import plan_chunk_rows
+from flyte_batch.progress import Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RunChunk = Callable[[Chunk], Awaitable[ChunkReport]]
+"""Runs one chunk somewhere: a Flyte task, a coroutine function that calls one, or `infer` itself."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did.
+
+    Attributes:
+        rows: rows in the output, each exactly once.
+        failures: those of them without a response; their ``error`` column says why.
+        prompt_tokens: tokens of all prompts, template included.
+        response_tokens: tokens generated.
+        seconds: wall-clock time of this run.
+        utilization: share (0-1) of their time in which the replicas' devices were busy, model load included;
+            0 if this run had nothing to do.
+        chunks: chunks of the output.
+        chunks_reused: those of them that an earlier run had committed.
+        output: the folder with the Parquet parts and the manifest.
+    """
+
+    rows: int
+    failures: int
+    prompt_tokens: int
+    response_tokens: int
+    seconds: float
+    utilization: float
+    chunks: int
+    chunks_reused: int
+    output: str
+
+
+async def run(
+    source: str,
+    output: str,
+    run_chunk: RunChunk,
+    *,
+    settings: Mapping[str, object] | None = None,
+    code_version: str | None = None,
+    columns: Sequence[str] | None = None,
+    required_columns: Sequence[str] = (),
+    limit: int | None = None,
+    chunk_size: int | None = None,
+    replicas: int = 1,
+    concurrency: int = 4,
+    batch_rows: int = 256,
+    max_failure_rate: float = 1.0,
+    max_failed_chunks: int = 10,
+    overwrite: bool = False,
+) -> RunSummary:
+    """Run every chunk of a source that has no part yet, then commit the output.
+
+    Args:
+        source: a JSONL or Parquet file, a folder of them, or a glob.
+        output: a folder for the parts and the manifest.
+        run_chunk: runs one chunk; at most ``replicas x concurrency`` calls are under way.
+        settings: what determines the answers beside the source and the code: model, prompt, parameters. They decide
+            whether finished chunks may be reused. Plain values only, and no secrets: they are written to the output.
+        code_version: names the code that asks and finishes; by default the `fingerprint` of ``run_chunk``.
+        columns: the source's columns to keep; all by default.
+        required_columns: columns that the prompt reads; checked before anything starts.
+        limit: at most so many rows, from the start.
+        chunk_size: rows per chunk; planned by default (`plan_chunk_rows`).
+        replicas: replicas that work at once.
+        concurrency: chunks that one replica takes at once.
+        batch_rows: records in a full batch, for planning chunks.
+        max_failure_rate: share (0-1) of failed rows above which the run fails. Whatever its value, a run in which no
+            row at all was answered fails.
+        max_failed_chunks: chunks that may fail (after their own retries) before no more are started.
+        overwrite: replace an output made with other settings instead of refusing.
+
+    Raises:
+        BadInput: something given cannot work; nothing was started.
+        ChunkFailed: chunks failed. The others are committed: run again to do only these.
+        TooManyFailures: more rows failed than allowed. The parts are there, the manifest is not.
+    """
+    from flyte_batch.data.output import Output
+    from flyte_batch.data.sources import open_source
+
+    started = time.monotonic()
+    _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit)
+    opened = await asyncio.to_thread(open_source, source, columns=columns)
+    opened.require(required_columns)
+    full = {**(settings or {}), "code": code_version or fingerprint(run_chunk)}
+    rows = min(opened.rows, limit or opened.rows)
+    size = chunk_size or plan_chunk_rows(rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
+    target = await asyncio.to_thread(Output.open, output, full, opened, overwrite=overwrite)
+    chunks = plan_chunks(opened, target.path, size, settings=full, limit=limit)
+    parts = await asyncio.to_thread(target.resume, chunks)
+    reused = len(parts)
+    progress = Progress(rows, done=sum(part.rows for part in parts.values()))
+    failures = sum(part.failures for part in parts.values())
+    most_failures = max_failure_rate * rows
+    failed: list[tuple[Chunk, Exception]] = []
+    devices: list[DeviceUse] = []
+    todo = (chunk for chunk in chunks if chunk.id not in parts)
+    async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
+        async for chunk, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                failed.append((chunk, outcome))
+                if len(failed) >= max_failed_chunks:
+                    break
+                continue
+            failures += outcome.failures
+            devices.append(outcome.device)
+            progress.advance(outcome.rows, outcome.failures)
+            if failures > most_failures:
+                break
+    if failed:
+        raise ChunkFailed(_describe(failed, len(chunks), output)) from failed[0][1]
+    if failures > most_failures or failures == rows:
+        raise TooManyFailures(_describe_failures(failures, rows, max_failure_rate, output))
+    manifest = await asyncio.to_thread(target.commit, chunks)
+    return RunSummary(
+        rows=manifest.rows,
+        failures=manifest.failures,
+        prompt_tokens=manifest.prompt_tokens,
+        response_tokens=manifest.response_tokens,
+        seconds=round(time.monotonic() - started, 3),
+        utilization=round(utilization(devices), 4),
+        chunks=len(chunks),
+        chunks_reused=reused,
+        output=target.path,
+    )
+
+
+async def fan_out(
+    items: Iterable[T], call: Callable[[T], Awaitable[R]], concurrency: int
+) -> AsyncIterator[tuple[T, R | Exception]]:
+    """Call ``call`` for every item, at most ``concurrency`` at once, and yield (item, result or exception) as they end.
+
+    Plain asyncio, so it runs the same under Flyte's local mode, where ``flyte.map`` is sequential, and remotely. Items
+    are taken only as slots get free. Leaving the loop early (use ``contextlib.aclosing``) cancels what is under way.
+    """
+    iterator = iter(items)
+    running: dict[asyncio.Future[R], T] = {}
+    try:
+        while True:
+            for item in iterator:
+                running[asyncio.ensure_future(call(item))] = item
+                if len(running) >= concurrency:
+                    break
+            if not running:
+                return
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                item = running.pop(future)
+                yield item, _outcome(future)
+    finally:
+        for future in running:
+            future.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _outcome(future: asyncio.Future[R]) -> R | Exception:
+    if future.cancelled():  # by whoever runs it; nobody cancelled the driver
+        return RuntimeError("the call was cancelled")
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, Exception):
+        return error
+    raise error
+
+
+def utilization(devices: Iterable[DeviceUse]) -> float:
+    """Busy share (0-1) of all devices together, each from the start of its first chunk to the end of its last."""
+    spans: dict[str, tuple[float, float, float, float]] = {}
+    for use in devices:
+        start, end, busy_start, busy_end = spans.get(use.engine, (use.start, use.end, use.busy_start, use.busy_end))
+        spans[use.engine] = (
+            min(start, use.start), max(end, use.end), min(busy_start, use.busy_start), max(busy_end, use.busy_end)
+        )  # fmt: skip
+    wall = sum(end - start for start, end, _, _ in spans.values())
+    busy = sum(busy_end - busy_start for _, _, busy_start, busy_end in spans.values())
+    return min(1.0, busy / wall) if wall > 0 else 0.0
+
+
+def _check(
+    max_failure_rate: float, replicas: int, concurrency: int, max_failed_chunks: int, chunk_size: int | None, limit: int | None
+) -> None:
+    if not 0 <= max_failure_rate <= 1:
+        raise BadInput(f"max_failure_rate must be between 0 (no row may fail) and 1, got {max_failure_rate}")
+    for name, value in (
+        ("replicas", replicas), ("concurrency", concurrency), ("max_failed_chunks", max_failed_chunks),
+        ("chunk_size", chunk_size), ("limit", limit),
+    ):  # fmt: skip
+        if value is not None and value < 1:
+            remedy = "; leave it out to have it planned" if name == "chunk_size" else ""
+            raise BadInput(f"{name} must be at least 1, got {value}{remedy}")
+
+
+def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
+    chunk, error = failed[0]
+    last = chunk.first_row + chunk.rows - 1
+    return (
+        f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} (rows {chunk.first_row}-{last}): "
+        f"{type(error).__name__}: {error}. What the others wrote to {output} is kept; run the same command again to do the rest"
+    )
+
+
+def _describe_failures(failures: int, rows: int, rate: float, output: str) -> str:
+    allowed = f"more than max_failure_rate {rate:g} allows" if failures < rows else "no row was answered"
+    return (
+        f"{failures} of {rows} rows failed so far, {allowed}; the column 'error' of the parts in {output} says why. "
+        f"Mend the source or raise max_failure_rate, then run again"
+    )

@@ -1,0 +1,101 @@
+"""The wiring to Flyte: task environments for replicas and drivers. With the CLI the only importer of flyte.
+
+A *replica environment* is a pool of warm containers: each is one process that hosts one engine per model and takes
+``concurrency`` chunks at once, which share its batcher. A *driver environment* is a small container that fans chunks
+out; it depends on the replica environments that it calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flyte
+
+DEFAULT_CONCURRENCY = 10
+DEFAULT_IDLE_TTL_S = 300
+
+
+def replica_environment(
+    name: str,
+    *,
+    image: flyte.Image | str,
+    gpu: str | int | None = None,
+    cpu: str | int | None = None,
+    memory: str | None = None,
+    replicas: int | tuple[int, int] = (1, 2),
+    concurrency: int = DEFAULT_CONCURRENCY,
+    idle_ttl: int = DEFAULT_IDLE_TTL_S,
+    env_vars: dict[str, str] | None = None,
+    secrets: Any = None,
+) -> flyte.TaskEnvironment:
+    """An environment whose containers are reused (`flyte.ReusePolicy`), for tasks that infer chunks.
+
+    Args:
+        name: the environment's name, unique in the project.
+        image: what the replicas run; it must hold the engine and ``unionai-reuse`` (see ``images/``).
+        gpu: device and count, such as ``"A10G:1"``, ``"L4:1"`` or ``1``; None for CPU engines.
+        cpu: cores, such as ``4``.
+        memory: such as ``"16Gi"``.
+        replicas: how many containers: a fixed number, or (fewest, most) to scale between.
+        concurrency: chunks that one replica takes at once. They share the engine, so several are needed to fill it:
+            while one chunk is read or written, the others keep the device busy.
+        idle_ttl: seconds (at least 30) until an idle environment shuts down; longer than a model's load, or every run
+            starts cold.
+        env_vars: environment variables of the containers.
+        secrets: Flyte's secret request, such as a token for a model hub.
+
+    Raises:
+        ValueError: a number that cannot work, named with its remedy.
+    """
+    fewest, most = (replicas, replicas) if isinstance(replicas, int) else replicas
+    if most < 1 or fewest < 0 or fewest > most:
+        raise ValueError(f"replicas must be a positive number or (fewest, most), got {replicas}")
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1 chunk per replica, got {concurrency}")
+    return flyte.TaskEnvironment(
+        name=name,
+        image=image,
+        resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu),  # type: ignore[arg-type]
+        reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
+        env_vars=env_vars,
+        secrets=secrets,
+    )
+
+
+def driver_environment(
+    name: str,
+    *,
+    image: flyte.Image | str = "auto",
+    depends_on: Sequence[flyte.Environment] = (),
+    cpu: str | int = 1,
+    memory: str = "2Gi",
+) -> flyte.TaskEnvironment:
+    """An environment for the task that plans a run and fans its chunks out.
+
+    Its own container, never a replica: a driver that occupied a replica's slot while it waits for chunks could starve
+    the very pool that it waits for.
+
+    Args:
+        name: the environment's name, unique in the project.
+        image: what the driver runs; it needs flyte_batch, but no engine.
+        depends_on: the replica environments whose tasks it calls; they are deployed with it.
+        cpu: cores.
+        memory: such as ``"2Gi"``; rows never pass through a driver, so it stays small.
+    """
+    return flyte.TaskEnvironment(
+        name=name, image=image, resources=flyte.Resources(cpu=cpu, memory=memory), depends_on=list(depends_on)
+    )
+
+
+def slots(environment: flyte.TaskEnvironment) -> tuple[int, int]:
+    """(most replicas, chunks per replica) of a replica environment: how wide a driver may fan out.
+
+    Raises:
+        ValueError: the environment's containers are not reused.
+    """
+    policy = environment.reusable
+    if policy is None:
+        raise ValueError(f"environment {environment.name!r} has no ReusePolicy; make it with replica_environment()")
+    most = policy.replicas[1] if isinstance(policy.replicas, tuple) else policy.replicas
+    return most, policy.concurrency

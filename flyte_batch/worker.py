@@ -1,0 +1,141 @@
+"""One chunk, start to end: read its rows, ask, answer, write its part. Knows no Flyte.
+
+A row's way: `read_chunk` -> prompt and tokens (threads) -> batcher -> engine -> finish (threads) -> `write_part`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flyte_batch.batching.engine_batcher import EngineBatcher
+from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
+from flyte_batch.errors import BatcherDied, BatcherNotRunning, EngineDead
+from flyte_batch.pipeline import Failure, Pipeline
+from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
+from flyte_batch.records import Completion, Prompt
+
+logger = logging.getLogger(__name__)
+
+FinishFunction = Callable[[Row, Completion], str]
+"""Turns a row and its completion into the text of the ``response`` column; an exception fails that row only."""
+
+Solver = Callable[[], Awaitable[EngineBatcher[Any, Completion]]]
+"""Gives the process's engine and batcher."""
+
+_GONE = (EngineDead, BatcherDied, BatcherNotRunning)
+
+
+async def infer(
+    chunk: Chunk,
+    solver: Solver,
+    *,
+    prompt: str | PromptTemplate | PromptFunction,
+    finish: FinishFunction | None = None,
+) -> ChunkReport:
+    """Infer the rows of a chunk and commit its part. Safe to repeat: the part appears whole, once, under one name.
+
+    Args:
+        chunk: which rows, and where the part goes.
+        solver: gives the process's engine and batcher, usually a `singleton`; called again if the engine died.
+        prompt: a template such as ``"{question}"``, or a function of a row.
+        finish: post-processing of a response; without it the response is the completion's text.
+
+    Returns:
+        Counts of the chunk, and what its replica's device did meanwhile.
+
+    Raises:
+        BadInput: the source changed since the run was planned.
+        EngineDead: the engine died twice; let another replica try.
+    """
+    from flyte_batch.data.parts import write_part
+
+    started = time.monotonic()
+    table = await asyncio.to_thread(read_chunk, chunk)
+    columns = prompt_columns(prompt) if finish is None else None
+    values = (table if columns is None else table.select(list(columns))).to_pydict()
+    task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows)
+    batcher = await solver()
+    use = _DeviceWatch(batcher)
+    try:
+        await task.run(batcher)
+    except _GONE as error:
+        logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, table.num_rows)
+        batcher = await solver()  # a singleton drops what is not running any more
+        use = _DeviceWatch(batcher)
+        await task.run(batcher)
+    info = await asyncio.to_thread(write_part, chunk, table, task.answered())
+    return ChunkReport(
+        chunk_id=chunk.id,
+        index=chunk.index,
+        rows=info.rows,
+        failures=info.failures,
+        prompt_tokens=info.prompt_tokens,
+        response_tokens=info.response_tokens,
+        part=info.name,
+        seconds=time.monotonic() - started,
+        device=use.until_now(),
+    )
+
+
+@dataclass
+class _Task:
+    """The rows of one chunk and what came of them so far."""
+
+    values: dict[str, list[Any]]  # column -> a value a row
+    ask: PromptFunction
+    finish: FinishFunction | None
+    results: list[Completion | Exception | None]
+
+    @property
+    def left(self) -> int:
+        return sum(result is None for result in self.results)
+
+    def answered(self) -> list[Completion | Exception]:
+        """The results, all of which are there."""
+        return [result for result in self.results if result is not None]
+
+    async def run(self, batcher: EngineBatcher[Any, Completion]) -> None:
+        """Fill the places of ``results`` that are None.
+
+        Raises:
+            EngineDead, BatcherDied, BatcherNotRunning: the batcher can't go on; what was answered stays in ``results``.
+        """
+
+        def prepare(index: int) -> Any:
+            asked = self.ask(self._row(index))
+            return batcher.engine.prepare(Prompt(asked) if isinstance(asked, str) else asked)
+
+        def finish(index: int, completion: Completion) -> tuple[int, Completion]:
+            if self.finish is None:
+                return index, completion
+            return index, replace(completion, text=self.finish(self._row(index), completion))
+
+        todo = [index for index, result in enumerate(self.results) if result is None]
+        async for output in Pipeline(prepare, batcher, finish).run(todo, ordered=False, errors="yield"):
+            if not isinstance(output, Failure):
+                index, self.results[index] = output
+            elif isinstance(output.error, _GONE):
+                raise output.error
+            else:
+                self.results[output.item] = output.error
+
+    def _row(self, index: int) -> Row:
+        return {column: values[index] for column, values in self.values.items()}
+
+
+class _DeviceWatch:
+    """What a replica's device did between two moments, from its batcher's own clock."""
+
+    def __init__(self, batcher: EngineBatcher[Any, Completion]) -> None:
+        self._batcher = batcher
+        self._busy = batcher.stats.busy_time_s
+        self._from = time.time()
+
+    def until_now(self) -> DeviceUse:
+        stats = self._batcher.stats
+        return DeviceUse(self._batcher.id, self._from, time.time(), self._busy, stats.busy_time_s)

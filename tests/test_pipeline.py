@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flyte_batch as fb
+
+
+class Gate:
+    """A batcher whose calls end when the test says so, each by the first record it holds."""
+
+    def __init__(self, infer: Callable[[Any], Any] = lambda record: record) -> None:
+        self.infer = infer
+        self.doors: dict[Any, asyncio.Event] = {}
+        self.waiting: set[Any] = set()
+        self.finished: set[Any] = set()
+        self.cancelled: list[Any] = []
+        self.changed = asyncio.Event()
+
+    async def map(self, records: Sequence[Any], *, return_exceptions: bool = False) -> list[Any]:
+        assert return_exceptions
+        name = records[0] if records else None
+        self.waiting.add(name)
+        self.changed.set()
+        try:
+            if name in self.doors:
+                await self.doors[name].wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(name)
+            raise
+        self.waiting.discard(name)
+        self.finished.add(name)
+        self.changed.set()
+        return [self.infer(record) for record in records]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+
+
+def same(item: int) -> int:
+    return item
+
+
+def pair(item: int, result: int) -> tuple[int, int]:
+    return item, result
+
+
+async def collect(outputs: AsyncIterator[Any]) -> list[Any]:
+    return [output async for output in outputs]
+
+
+@given(count=st.integers(0, 200), block=st.integers(1, 17), extra=st.integers(0, 40), ordered=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_every_item_comes_out_once_whatever_the_sizes(count: int, block: int, extra: int, ordered: bool) -> None:
+    async def main() -> list[Any]:
+        pipeline = fb.Pipeline(lambda i: i + 1, Gate(lambda r: r * 10), pair, block=block, window=block + extra)
+        return await collect(pipeline.run(range(count), ordered=ordered))
+
+    outputs = asyncio.run(main())
+    expected = [(i, (i + 1) * 10) for i in range(count)]
+    assert (outputs if ordered else sorted(outputs)) == expected
+
+
+async def test_as_completed_a_late_first_block_comes_last() -> None:
+    gate = Gate()
+    gate.doors[0] = asyncio.Event()
+    seen = []
+    async for item, _ in fb.Pipeline(same, gate, pair, block=1, window=3).run(range(3), ordered=False):
+        seen.append(item)
+        if len(seen) == 2:
+            gate.doors[0].set()
+    assert sorted(seen[:2]) == [1, 2]
+    assert seen[2] == 0
+
+
+async def test_in_order_a_late_first_block_is_waited_for() -> None:
+    gate = Gate()
+    gate.doors[0] = asyncio.Event()
+    seen = []
+
+    async def consume() -> None:
+        async for item, _ in fb.Pipeline(same, gate, pair, block=1, window=3).run(range(3)):
+            seen.append(item)
+
+    consumer = asyncio.create_task(consume())
+    await gate.until(lambda: gate.finished >= {1, 2})
+    assert seen == []
+    gate.doors[0].set()
+    await consumer
+    assert seen == [0, 1, 2]
+
+
+async def test_no_more_items_are_taken_than_the_window_holds() -> None:
+    gate = Gate()
+    gate.doors[0] = asyncio.Event()
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    outputs = asyncio.create_task(collect(fb.Pipeline(same, gate, pair, block=2, window=6).run(items())))
+    await gate.until(lambda: len(taken) >= 6)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(taken) == 6
+    gate.doors[0].set()
+    assert len(await outputs) == 100
+
+
+async def test_an_async_iterable_is_read_as_well() -> None:
+    async def items() -> AsyncIterator[int]:
+        for i in range(5):
+            yield i
+
+    assert await collect(fb.Pipeline(same, Gate(), pair, block=2).run(items())) == [(i, i) for i in range(5)]
+
+
+async def test_a_failed_item_is_a_failure_with_its_stage_and_its_neighbours_go_on() -> None:
+    def prepare(item: int) -> int:
+        if item == 1:
+            raise ValueError("prepare it was")
+        return item
+
+    def infer(record: int) -> Any:
+        return RuntimeError("infer it was") if record == 2 else record
+
+    def finish(item: int, result: int) -> int:
+        if item == 3:
+            raise KeyError("finish it was")
+        return result
+
+    outputs = await collect(fb.Pipeline(prepare, Gate(infer), finish).run(range(5), errors="yield"))
+    assert outputs[0] == 0
+    assert outputs[4] == 4
+    failures = outputs[1:4]
+    assert [(f.item, f.stage, type(f.error)) for f in failures] == [
+        (1, "prepare", ValueError), (2, "infer", RuntimeError), (3, "finish", KeyError)
+    ]  # fmt: skip
+    assert str(failures[0]) == "ValueError: prepare it was"
+
+
+async def test_by_default_the_first_failed_items_error_is_raised_and_what_is_under_way_is_cancelled() -> None:
+    gate = Gate(lambda record: ValueError("bad") if record == 0 else record)
+    gate.doors[1] = asyncio.Event()
+    with pytest.raises(ValueError, match="bad"):
+        await collect(fb.Pipeline(same, gate, pair, block=1, window=2).run([0, 1]))
+    assert gate.cancelled in ([1], [])
+    assert gate.waiting <= {1}
+
+
+async def test_leaving_early_cancels_what_is_under_way() -> None:
+    gate = Gate()
+    gate.doors[1] = gate.doors[2] = asyncio.Event()
+    outputs = fb.Pipeline(same, gate, pair, block=1, window=3).run(range(3), ordered=False)
+    assert await anext(outputs) == (0, 0)
+    await gate.until(lambda: {1, 2} <= gate.waiting)
+    await outputs.aclose()  # type: ignore[attr-defined]
+    assert sorted(gate.cancelled) == [1, 2]
+
+
+async def test_prepare_and_finish_run_on_threads() -> None:
+    threads: set[threading.Thread] = set()
+
+    def note(item: int, result: int = 0) -> int:
+        threads.add(threading.current_thread())
+        return item
+
+    await collect(fb.Pipeline(note, Gate(), note).run(range(3)))
+    assert threads
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+async def test_an_error_of_the_batcher_itself_ends_the_run() -> None:
+    class Dead(Gate):
+        async def map(self, records: Sequence[Any], *, return_exceptions: bool = False) -> list[Any]:
+            raise fb.BatcherDied("gone")
+
+    with pytest.raises(fb.BatcherDied):
+        await collect(fb.Pipeline(same, Dead(), pair).run(range(3), errors="yield"))
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"block": 0}, {"threads": 0}, {"window": 2, "block": 3}])
+def test_sizes_that_cannot_work_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        fb.Pipeline(same, Gate(), pair, **options)
