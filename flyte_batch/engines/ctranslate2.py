@@ -112,11 +112,17 @@ class CTranslate2Engine:
         if options.chat is True and template is None:
             raise BadInput(f"chat=True, but {folder} has no chat template: leave chat out to feed the plain text")
         context = _context(folder, files.context, options.max_model_len)
-        device = options.device
+        device, gpus = options.device, ctranslate2.get_cuda_device_count()
         if device == "auto":
-            device = "cuda" if ctranslate2.get_cuda_device_count() > 0 else "cpu"
+            device = "cuda" if gpus else "cpu"
+        if device == "cuda" and not gpus:
+            raise BadInput(
+                "device is cuda, but CTranslate2 sees no GPU: ask for one in the task's resources, or use cpu"
+            )
         workers, cores = _threads(device, options.inter_threads, options.intra_threads, sampling)
-        sub_batch = options.sub_batch or (_CUDA_SUB_BATCH if device == "cuda" else _CPU_SUB_BATCH)
+        sub_batch = options.sub_batch
+        if sub_batch is None:
+            sub_batch = _CUDA_SUB_BATCH if device == "cuda" else _CPU_SUB_BATCH
         if sub_batch < 1:
             raise BadInput(f"sub_batch must be at least 1, got {sub_batch}")
         if sampling.seed is not None:
@@ -231,15 +237,15 @@ class CTranslate2Engine:
         return _SubBatch(indices, handles)
 
     def _finish(self, done: _SubBatch, batch: Sequence[TokenisedPrompt], results: list[Completion | Exception]) -> None:
+        end_ids, stop = self._plan.end_ids, self._plan.stop
         responses = [handle.result().sequences_ids[0] for handle in done.handles]  # waits without holding the GIL
+        ended = [bool(ids) and ids[-1] in end_ids for ids in responses]
+        responses = [ids[:-1] if end else ids for ids, end in zip(responses, ended, strict=True)]
         texts = self._tokeniser.tokenizer.decode_batch(responses, skip_special_tokens=True)
-        for index, ids, text in zip(done.indices, responses, texts, strict=True):
-            record = batch[index]
-            ended = len(ids) > 0 and ids[-1] in self._plan.end_ids
-            generated = len(ids) - ended
-            at = min((found for found in map(text.find, self._plan.stop) if found >= 0), default=-1)
-            reason = "stop" if ended or at >= 0 else "length"
-            results[index] = Completion(text if at < 0 else text[:at], reason, len(record.ids), generated)
+        for index, ids, end, text in zip(done.indices, responses, ended, texts, strict=True):
+            at = min((found for found in map(text.find, stop) if found >= 0), default=-1)
+            reason = "stop" if end or at >= 0 else "length"
+            results[index] = Completion(text if at < 0 else text[:at], reason, len(batch[index].ids), len(ids))
 
     async def aclose(self) -> None:
         """Wait for the running calls, then free the model. Closing twice, or by two callers at once, is fine."""
@@ -428,8 +434,12 @@ def _import_ctranslate2() -> Any:
 def _translated(error: Exception, doing: str) -> EngineError:
     """Which error of ours CTranslate2's is; it raises RuntimeError for nearly everything."""
     text = str(error)
+    translated = EngineError(f"{doing}: {text}")
     if isinstance(error, MemoryError) or any(words in text.lower() for words in ("out of memory", "bad_alloc")):
-        return EngineOutOfMemory(f"{doing}: out of memory ({text}); use smaller batches or a smaller compute_type")
-    if "CUDA failed" in text or "unloaded" in text:
-        return EngineDead(f"{doing}: {text}")
-    return EngineError(f"{doing}: {text}")
+        translated = EngineOutOfMemory(
+            f"{doing}: out of memory ({text}); use smaller batches or a smaller compute_type"
+        )
+    elif "CUDA failed" in text or "unloaded" in text:
+        translated = EngineDead(f"{doing}: {text}")
+    translated.__cause__ = error
+    return translated
