@@ -69,7 +69,7 @@ _HOMES = {
 }  # fmt: skip
 _MODULE_OF = {name: f"flyte_batch.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 - one table of names, tested against the imports above
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -150,7 +150,7 @@ async def run(
 
 async def fan_out(
     items: Iterable[T], call: Callable[[T], Awaitable[R]], concurrency: int
-) -> AsyncIterator[tuple[T, R | Exception]]:
+) -> AsyncGenerator[tuple[T, R | Exception], None]:
     """Call ``call`` for every item, at most ``concurrency`` at once, and yield (item, result or exception) as they end.
 
     Plain asyncio, so it runs the same under Flyte's local mode, where ``flyte.map`` is sequential, and remotely. Items
@@ -169,7 +169,8 @@ async def fan_out(
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 item = running.pop(future)
-                yield item, _outcome(future)
+                outcome = _outcome(future)
+                yield item, outcome
     finally:
         for future in running:
             future.cancel()
@@ -201,7 +202,12 @@ def utilization(devices: Iterable[DeviceUse]) -> float:
 
 
 def _check(
-    max_failure_rate: float, replicas: int, concurrency: int, max_failed_chunks: int, chunk_size: int | None, limit: int | None
+    max_failure_rate: float,
+    replicas: int,
+    concurrency: int,
+    max_failed_chunks: int,
+    chunk_size: int | None,
+    limit: int | None,
 ) -> None:
     if not 0 <= max_failure_rate <= 1:
         raise BadInput(f"max_failure_rate must be between 0 (no row may fail) and 1, got {max_failure_rate}")
@@ -219,7 +225,8 @@ def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -
     last = chunk.first_row + chunk.rows - 1
     return (
         f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} (rows {chunk.first_row}-{last}): "
-        f"{type(error).__name__}: {error}. What the others wrote to {output} is kept; run the same command again to do the rest"
+        f"{type(error).__name__}: {error}. What the others wrote to {output} is kept; "
+        "run the same command again to do the rest"
     )
 
 

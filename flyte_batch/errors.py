@@ -1,18 +1,18 @@
 """Every error of ours, as one tree; a message says what is wrong and what to do about it.
 
-    FlyteBatchError
-    ├── BadInput (ValueError)            an option, file, column or row count that cannot work; raised before an engine starts
-    ├── BatcherError (RuntimeError)
-    │   ├── BatcherNotRunning            submit before start() or after stop()
-    │   ├── BatcherDied                  the batcher cannot go on; what was pending fails with this, so do later submits
-    │   └── QueueFull                    overflow="reject" and no room: shed this load or come back later
-    ├── EngineError (RuntimeError)
-    │   ├── EngineDead                   the engine is gone; its singleton rebuilds it
-    │   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
-    │   └── BadRecord (ValueError)       this record cannot be inferred (empty, too long, not a text); its neighbours can
-    └── RunError (RuntimeError)
-        ├── ChunkFailed                  chunks failed after all retries; the others are committed, run again to finish
-        └── TooManyFailures              more rows failed than max_failure_rate allows
+FlyteBatchError
+├── BadInput (ValueError)            an option, file or column that cannot work; raised before an engine starts
+├── BatcherError (RuntimeError)
+│   ├── BatcherNotRunning            submit before start() or after stop()
+│   ├── BatcherDied                  the batcher cannot go on; what was pending fails with this, so do later submits
+│   └── QueueFull                    overflow="reject" and no room: shed this load or come back later
+├── EngineError (RuntimeError)
+│   ├── EngineDead                   the engine is gone; its singleton rebuilds it
+│   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
+│   └── BadRecord (ValueError)       this record cannot be inferred (empty, too long, not a text); its neighbours can
+└── RunError (RuntimeError)
+    ├── ChunkFailed                  chunks failed after all retries; the others are committed, run again to finish
+    └── TooManyFailures              more rows failed than max_failure_rate allows
 """
 
 from __future__ import annotations

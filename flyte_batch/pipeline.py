@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,12 +26,10 @@ ItemT = TypeVar("ItemT")
 RecordT = TypeVar("RecordT")
 ResultT = TypeVar("ResultT")
 OutT = TypeVar("OutT")
-RecordT_contra = TypeVar("RecordT_contra", contravariant=True)
-ResultT_co = TypeVar("ResultT_co", covariant=True)
 
 
-class Mapper(Protocol[RecordT_contra, ResultT_co]):
-    """What a pipeline needs of a batcher."""
+class Mapper(Protocol):
+    """What a pipeline needs of a batcher: one result or exception a record, in order."""
 
     async def map(self, records: Sequence[Any], *, return_exceptions: bool = False) -> Sequence[Any]: ...
 
@@ -72,7 +70,7 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
     def __init__(
         self,
         prepare: Callable[[ItemT], RecordT],
-        batcher: Mapper[RecordT, ResultT],
+        batcher: Mapper,
         finish: Callable[[ItemT, ResultT], OutT],
         *,
         window: int = 4096,
@@ -98,7 +96,7 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         *,
         ordered: bool = True,
         errors: Literal["raise", "yield"] = "raise",
-    ) -> AsyncIterator[OutT | Failure[ItemT]]:
+    ) -> AsyncGenerator[OutT | Failure[ItemT], None]:
         """Yield one output an item.
 
         Args:
@@ -111,7 +109,7 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
 
     async def _run(
         self, items: Iterable[ItemT] | AsyncIterable[ItemT], ordered: bool, keep: bool
-    ) -> AsyncIterator[OutT | Failure[ItemT]]:
+    ) -> AsyncGenerator[OutT | Failure[ItemT], None]:
         blocks: deque[asyncio.Task[list[OutT | Failure[ItemT]]]] = deque()
         most = max(1, self._window // self._block)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="flyte-batch-cpu") as executor:
@@ -149,7 +147,11 @@ def _prepare_all(prepare: Callable[[ItemT], Any], items: list[ItemT]) -> list[An
 
 
 def _finish_all(
-    finish: Callable[[ItemT, Any], OutT], items: list[ItemT], prepared: list[Any], sent: list[int], results: Sequence[Any]
+    finish: Callable[[ItemT, Any], OutT],
+    items: list[ItemT],
+    prepared: list[Any],
+    sent: list[int],
+    results: Sequence[Any],
 ) -> list[OutT | Failure[ItemT]]:
     outputs = prepared  # failures of prepare stay where they are, every other place is overwritten below
     for i, result in zip(sent, results, strict=True):
@@ -181,7 +183,7 @@ async def _next(tasks: deque[asyncio.Task[list[Any]]], ordered: bool) -> list[An
     return outputs
 
 
-async def _blocks(items: Iterable[ItemT] | AsyncIterable[ItemT], size: int) -> AsyncIterator[list[ItemT]]:
+async def _blocks(items: Iterable[ItemT] | AsyncIterable[ItemT], size: int) -> AsyncGenerator[list[ItemT], None]:
     block: list[ItemT] = []
     if isinstance(items, AsyncIterable):
         async for item in items:

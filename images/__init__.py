@@ -16,7 +16,12 @@ _PACKAGE = Path(__file__).parent.parent / "flyte_batch"
 _BASE = (
     flyte.Image.from_debian_base(name="flyte-batch-driver", python_version=(3, 11))
     .with_pip_packages(
-        "flyte==2.12.1", "unionai-reuse==0.2.0", "async-lru==2.4.0", "pyarrow==26.0.1", "jinja2==3.1.6", "datasets==5.2.0"
+        "flyte==2.12.1",
+        "unionai-reuse==0.2.0",
+        "async-lru==2.4.0",
+        "pyarrow==26.0.1",
+        "jinja2==3.1.6",
+        "datasets==5.2.0",
     )
     .with_source_folder(_PACKAGE, dst="/opt/flyte_batch")
     .with_env_vars({"PYTHONPATH": "/opt"})
@@ -25,5 +30,7 @@ _BASE = (
 driver_image = _BASE
 """flyte_batch without an engine: plans, fans out, commits."""
 
-cpu_image = _BASE.clone(name="flyte-batch-cpu", extendable=True).with_pip_packages("ctranslate2==4.8.5", "tokenizers==0.23.3")
+cpu_image = _BASE.clone(name="flyte-batch-cpu", extendable=True).with_pip_packages(
+    "ctranslate2==4.8.5", "tokenizers==0.23.3"
+)
 """Replicas that run `CTranslate2Engine`, or the fake, on CPUs."""

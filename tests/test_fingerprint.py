@@ -11,7 +11,7 @@ import flyte
 
 from flyte_batch.fingerprint import fingerprint
 
-BASE = '''
+BASE = """
 from functools import lru_cache
 TEMPLATE = "{question}"
 def helper(x):
@@ -26,7 +26,7 @@ def cached(x):
 def ask(row, k=1):
     # a comment
     return TEMPLATE, [helper(x) for x in row], Rule().apply(k), cached(k)
-'''
+"""
 
 
 def load(text: str) -> Callable[..., Any]:

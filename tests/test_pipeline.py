@@ -164,7 +164,7 @@ async def test_leaving_early_cancels_what_is_under_way() -> None:
     outputs = fb.Pipeline(same, gate, pair, block=1, window=3).run(range(3), ordered=False)
     assert await anext(outputs) == (0, 0)
     await gate.until(lambda: {1, 2} <= gate.waiting)
-    await outputs.aclose()  # type: ignore[attr-defined]
+    await outputs.aclose()
     assert sorted(gate.cancelled) == [1, 2]
 
 

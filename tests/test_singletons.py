@@ -153,7 +153,9 @@ async def test_discard_forgets_only_the_value_it_is_given() -> None:
     assert await resource(b=2, a=2) is other
 
 
-async def test_a_value_that_fails_to_close_does_not_keep_the_next_one_from_loading(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_value_that_fails_to_close_does_not_keep_the_next_one_from_loading(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Stubborn(Resource):
         async def __aexit__(self, *_: object) -> None:
             raise OSError("device busy")

@@ -167,7 +167,8 @@ def write(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     half.load_state_dict(model.state_dict())
     half = half.to(torch.float16)
     half.config.use_cache = True
-    half.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id)
+    end = model.config.eos_token_id
+    half.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
     half.save_pretrained(hf, safe_serialization=True)
     fast.save_pretrained(hf)
     TransformersConverter(str(hf)).convert(str(ct2), quantization="float16", force=True)

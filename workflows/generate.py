@@ -16,7 +16,9 @@ from flyte_batch.engines import EngineChoice, choose_engine, start_engine
 from flyte_batch.fingerprint import fingerprint
 from images import cpu_image, driver_image
 
-replicas = fb.replica_environment("generate-replica", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4)
+replicas = fb.replica_environment(
+    "generate-replica", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
+)
 driver = fb.driver_environment("generate", image=driver_image, depends_on=[replicas])
 
 BATCH_ROWS = 256
@@ -96,7 +98,9 @@ async def main(
     """
     choice = choose_engine(engine, model)
     template = fb.PromptTemplate(prompt_template) if prompt_template else fb.PromptTemplate.for_column(prompt_column)
-    job = Job(choice, fb.SamplingParameters(max_tokens=max_tokens, temperature=temperature), template.text, system_prompt)
+    job = Job(
+        choice, fb.SamplingParameters(max_tokens=max_tokens, temperature=temperature), template.text, system_prompt
+    )
     most_replicas, concurrency = fb.slots(replicas)
 
     async def run_chunk(chunk: fb.Chunk) -> fb.ChunkReport:

@@ -2,9 +2,9 @@
 
     flyte run --local workflows/gsm8k.py main --num_questions 500 --chunk_size 50
 
-The questions come from Hugging Face (``openai/gsm8k``; needs a network and the extra ``hf``), or from ``--source PATH``.
-The demo model knows only its own kind of problem: from it expect an accuracy near zero here, and a real one from a
-real model.
+The questions come from Hugging Face (``openai/gsm8k``; needs a network and the extra ``hf``), or from a file given
+by ``--source PATH``. The demo model knows only its own kind of problem: from it expect an accuracy near zero here, and
+a real one from a real model.
 
 Unlike ``generate.py`` this one passes its few questions by value and uses the lower level directly: a driver that
 gathers ``infer_batch`` tasks, replicas that share one engine and batcher.
@@ -17,7 +17,6 @@ import logging
 from itertools import islice
 
 import flyte_batch as fb
-from flyte_batch.data.chunks import plan_chunks, read_chunk
 from flyte_batch.data.sources import open_source
 from flyte_batch.demo.problems import is_right
 from flyte_batch.engines import EngineChoice, choose_engine, start_engine
@@ -75,7 +74,7 @@ async def main(
         max_tokens: most tokens of an answer.
 
     Returns:
-        The answers of each chunk, in the questions' order, and the share (0-1) whose final number is right.
+        The answers by chunk, whose names sort in the questions' order, and the share (0-1) whose final number is right.
     """
     for name, value in (("num_questions", num_questions), ("chunk_size", chunk_size)):
         if value < 1:
@@ -99,14 +98,13 @@ def _read(source: str | None, count: int) -> list[tuple[str, str]]:
     """The first questions with their reference answers."""
     if source is not None:
         opened = open_source(source, columns=["question", "answer"])
-        (chunk,) = plan_chunks(opened, "", opened.rows, settings={}, limit=count)
-        return [(row["question"], row["answer"]) for row in read_chunk(chunk).to_pylist()]
+        return [(row["question"], row["answer"]) for row in opened.head(count).to_pylist()]
     try:
         from datasets import load_dataset
 
         rows = load_dataset("openai/gsm8k", "main", split="test", streaming=True)
         return [(row["question"], row["answer"]) for row in islice(rows, count)]
     except ImportError as error:
-        raise fb.BadInput("reading openai/gsm8k needs the extra hf: pip install 'flyte-batch[hf]', or give --source") from error
+        raise fb.BadInput("openai/gsm8k needs the extra hf: pip install 'flyte-batch[hf]', or give --source") from error
     except OSError as error:
-        raise fb.BadInput(f"openai/gsm8k can't be read from Hugging Face ({error}); give a local file with --source") from error
+        raise fb.BadInput(f"openai/gsm8k can't be read from Hugging Face ({error}); give a file by --source") from error

@@ -59,6 +59,20 @@ class Source:
         """The schema in base64; `decode_schema` reads it."""
         return encode_schema(self.schema)
 
+    def head(self, rows: int) -> pa.Table:
+        """The first rows, all in memory; fewer where the source has fewer.
+
+        Raises:
+            BadInput: a file was changed since the source was opened.
+        """
+        tables = [self.schema.empty_table()]
+        for file in self.files:
+            span = file.span(0, min(rows, file.rows))
+            if span.rows:
+                tables.extend(reader(span.format).read(span, self.schema, span.rows))
+            rows -= span.rows
+        return pa.concat_tables(tables)
+
     def require(self, columns: Iterable[str]) -> None:
         """Check that the source has these columns, before anything is started for their sake.
 
