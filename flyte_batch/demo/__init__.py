@@ -1,7 +1,8 @@
 """A model of two megabytes and its problems: every part of a run can be tried without a GPU, a download or an account.
 
 ``python -m flyte_batch.demo problems --count 1000 --seed 1 --output problems.jsonl`` writes problems the model never
-saw in training; the model ``demo`` answers nearly all of them, and every answer can be checked.
+saw in training; the model ``demo`` answers nearly all of them, and every answer can be checked:
+``python -m flyte_batch.demo score OUTPUT``.
 """
 
 from __future__ import annotations

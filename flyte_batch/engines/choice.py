@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ async def start_engine(
     folder = _local_folder(choice.model)
     if folder is None:
         folder = await asyncio.to_thread(_download, choice.model)
+        if not (folder / "model.bin").is_file():
+            raise BadInput(
+                f"{choice.model} holds no model.bin, which CTranslate2 needs: convert it and name the new folder: "
+                f"{_conversion(choice.model, _BESIDE[:2])}"
+            )
     check_folder(folder)
     return await CTranslate2Engine.start(folder, sampling=sampling, **options)
 
@@ -129,7 +135,7 @@ def check_folder(folder: Path) -> None:
         if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
             raise BadInput(
                 f"{folder} holds a Hugging Face model, CTranslate2 needs a converted one (model.bin): "
-                f"ct2-transformers-converter --model {folder} --output_dir OUT --copy_files {' '.join(beside)}"
+                f"{_conversion(folder, beside)}"
             )
         raise BadInput(f"{folder} holds no model: looked for model.bin, as ct2-transformers-converter writes it")
     if not (folder / "tokenizer.json").is_file():
@@ -137,6 +143,10 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds model.bin but no tokenizer.json: copy it, and tokenizer_config.json, from the model that "
             "was converted"
         )
+
+
+def _conversion(model: str | Path, beside: Sequence[str]) -> str:
+    return f"ct2-transformers-converter --model {model} --output_dir OUT --copy_files {' '.join(beside)}"
 
 
 def _local_folder(model: str) -> Path | None:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ _CPU_SUB_BATCH = 32
 # prompts of 34 to 1,530 tokens, rows/s: any span 31, 64 tokens 50, 32 tokens 58, 16 tokens 58, 8 tokens 54.
 _CPU_SPAN = 32
 _CUDA_SUB_BATCH = 256
+_SEEDING = threading.Lock()
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
 
@@ -125,9 +127,6 @@ class CTranslate2Engine:
             sub_batch = _CUDA_SUB_BATCH if device == "cuda" else _CPU_SUB_BATCH
         if sub_batch < 1:
             raise BadInput(f"sub_batch must be at least 1, got {sub_batch}")
-        if sampling.seed is not None:
-            # Process-wide upstream; a worker reads it when it first samples.
-            ctranslate2.set_random_seed(sampling.seed)
         level = ctranslate2.get_log_level()
         try:
             if options.compute_type == "default":  # what it warns of is what `default` is documented to do
@@ -147,6 +146,8 @@ class CTranslate2Engine:
             raise _translated(error, f"CTranslate2 cannot load {folder} on {device}") from error
         finally:
             ctranslate2.set_log_level(level)
+        if sampling.seed is not None and sampling.temperature > 0:
+            _seed(ctranslate2, generator, sampling.seed, files)
         tokeniser = PromptTokeniser(files.tokenizer, template, context, sampling.max_tokens)
         # On a GPU a step takes nearly the same time for any number of rows: a split costs a response's steps.
         span = max(_CPU_SPAN, sampling.max_tokens) if device == "cuda" else _CPU_SPAN
@@ -391,6 +392,18 @@ def _threads(device: str, inter: int | None, intra: int | None, sampling: Sampli
     if inter is None:
         inter = 1 if reproducible else max(1, available_cores() // (intra or 1))
     return inter, intra or 1
+
+
+def _seed(ctranslate2: Any, generator: Any, seed: int, files: ModelFolder) -> None:
+    """Make the engine's only worker draw from a generator of this seed, and no other engine's.
+
+    Upstream the seed is the process's, and a worker reads it when it first samples: so it samples now.
+    """
+    with _SEEDING:
+        ctranslate2.set_random_seed(seed % (1 << 32))
+        token = files.tokenizer.id_to_token(0)
+        generator.generate_batch([[token]], max_length=1, sampling_topk=0)
+        ctranslate2.set_random_seed(secrets.randbits(32))
 
 
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

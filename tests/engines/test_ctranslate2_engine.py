@@ -93,6 +93,23 @@ class TestAnswers:
         assert await sampled(1) == await sampled(1)
         assert await sampled(1) != await sampled(2)
 
+    async def test_with_a_seed_do_not_depend_on_other_engines_of_the_process(self, model: Path) -> None:
+        one, two = (SamplingParameters(max_tokens=12, temperature=1.5, seed=seed) for seed in (1, 2))
+        async with started(model, one) as engine:
+            alone = await ask(engine, *QUESTIONS)
+        async with started(model, one) as engine, started(model, two) as other:
+            await ask(other, *QUESTIONS)
+            assert await ask(engine, *QUESTIONS) == alone
+
+    async def test_without_a_seed_differ_even_after_an_engine_with_one(self, model: Path) -> None:
+        results = []
+        for _ in range(2):
+            async with started(model, SamplingParameters(temperature=1.5, seed=1)):
+                pass
+            async with started(model, SamplingParameters(max_tokens=12, temperature=1.5), inter_threads=1) as engine:
+                results.append(await ask(engine, *QUESTIONS))
+        assert results[0] != results[1]
+
     async def test_with_more_top_k_than_the_vocabulary_sample_from_all_of_it(self, model: Path) -> None:
         async with started(model, SamplingParameters(max_tokens=2, temperature=1.0, top_k=10**6, top_p=0.9)) as engine:
             assert len(await ask(engine, "a", "b")) == 2
