@@ -26,6 +26,8 @@ async def main(
     day: datetime,
     source: str = "s3://my-bucket/questions/{day}.jsonl",
     output: str = "s3://my-bucket/answers/{day}",
+    model: str = "demo",
+    engine: str = "auto",
     max_failure_rate: float = 0.01,
 ) -> fb.RunSummary:
     """Answer one day's questions.
@@ -34,9 +36,15 @@ async def main(
         day: the trigger's time, or any day to run by hand.
         source: where that day's questions are; {day} becomes YYYY-MM-DD.
         output: the folder for that day's answers; {day} likewise.
+        model: "demo", a folder, or a Hugging Face id.
+        engine: "auto", "ctranslate2" or "fake".
         max_failure_rate: share (0-1) of failed rows above which the night counts as failed.
     """
     date = f"{day:%Y-%m-%d}"
     return await generate.main(
-        source=source.replace("{day}", date), output=output.replace("{day}", date), max_failure_rate=max_failure_rate
+        source=source.replace("{day}", date),
+        output=output.replace("{day}", date),
+        model=model,
+        engine=engine,
+        max_failure_rate=max_failure_rate,
     )

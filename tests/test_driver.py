@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flyte_batch as fb
+from flyte_batch.data.chunks import DeviceUse
+from flyte_batch.driver import fan_out, utilization
+from flyte_batch.progress import Progress
+from tests.helpers import questions, write_jsonl
+
+
+class Worker:
+    """Runs chunks in this process on a fake engine, and counts."""
+
+    def __init__(self, engine: fb.FakeEngine | None = None, prompt: str = "{question}") -> None:
+        self.engine = engine or fb.FakeEngine()
+        self.prompt = prompt
+        self.chunks: list[fb.Chunk] = []
+        self.running = self.most_running = 0
+        self.fail: set[int] = set()
+        self.solver = fb.singleton(self._solver)
+
+    async def _solver(self) -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(self.engine, batch_timeout_s=0.001)
+
+    async def __call__(self, chunk: fb.Chunk) -> fb.ChunkReport:
+        self.chunks.append(chunk)
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            if chunk.index in self.fail:
+                raise OSError(f"chunk {chunk.index} has no luck")
+            return await fb.infer(chunk, self.solver, prompt=self.prompt)
+        finally:
+            self.running -= 1
+
+
+async def go(source: str, output: Path, worker: Worker, **options: Any) -> fb.RunSummary:
+    return await fb.run(source, str(output), worker, code_version="1", **options)
+
+
+async def test_a_run_answers_every_row_and_says_so(tmp_path: Path) -> None:
+    worker = Worker()
+    summary = await go(questions(tmp_path / "in.jsonl", 95), tmp_path / "out", worker, chunk_size=10)
+    assert (summary.rows, summary.failures, summary.chunks, summary.chunks_reused) == (95, 0, 10, 0)
+    assert (summary.prompt_tokens, summary.response_tokens) == (190, 285)
+    assert 0 < summary.utilization <= 1
+    table = fb.read_output(str(tmp_path / "out"))
+    assert table["id"].to_pylist() == list(range(95))
+    assert table["response"].to_pylist() == [f"echo: question {i}" for i in range(95)]
+
+
+async def test_a_finished_run_repeats_nothing(tmp_path: Path) -> None:
+    source = questions(tmp_path / "in.jsonl", 30)
+    first = await go(source, tmp_path / "out", Worker(), chunk_size=10)
+    again = Worker()
+    second = await go(source, tmp_path / "out", again, chunk_size=10)
+    assert again.chunks == []
+    assert (second.rows, second.chunks_reused, second.response_tokens) == (30, 3, first.response_tokens)
+
+
+async def test_a_failed_chunk_leaves_the_others_committed_and_a_re_run_does_only_it(tmp_path: Path) -> None:
+    source, worker = questions(tmp_path / "in.jsonl", 50), Worker()
+    worker.fail = {2}
+    with pytest.raises(
+        fb.ChunkFailed, match=r"1 of 5 chunks failed; first: chunk 2 \(rows 20-29\): OSError: .*no luck"
+    ):
+        await go(source, tmp_path / "out", worker, chunk_size=10)
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    again = Worker()
+    summary = await go(source, tmp_path / "out", again, chunk_size=10)
+    assert [chunk.index for chunk in again.chunks] == [2]
+    assert (summary.rows, summary.chunks_reused) == (50, 4)
+    assert fb.read_output(str(tmp_path / "out"))["id"].to_pylist() == list(range(50))
+
+
+async def test_when_too_many_chunks_fail_no_more_are_started(tmp_path: Path) -> None:
+    worker = Worker()
+    worker.fail = set(range(100))
+    with pytest.raises(fb.ChunkFailed, match="3 of 100 chunks failed"):
+        await go(
+            questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,
+            chunk_size=1, concurrency=1, max_failed_chunks=3,
+        )  # fmt: skip
+    assert len(worker.chunks) == 3
+
+
+async def test_changed_settings_or_code_are_another_run(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 10), tmp_path / "out"
+    await fb.run(source, str(out), Worker(), settings={"model": "a"}, code_version="1")
+    with pytest.raises(fb.BadInput, match=r"model.*a.*b.*--overwrite"):
+        await fb.run(source, str(out), Worker(), settings={"model": "b"}, code_version="1")
+    with pytest.raises(fb.BadInput, match="code"):
+        await fb.run(source, str(out), Worker(), settings={"model": "a"}, code_version="2")
+    replaced = Worker(prompt="new {question}")
+    await fb.run(source, str(out), replaced, settings={"model": "b"}, code_version="1", overwrite=True)
+    assert fb.read_output(str(out))["response"].to_pylist() == [f"echo: new question {i}" for i in range(10)]
+
+
+async def test_without_a_version_the_code_of_run_chunk_counts(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 4), str(tmp_path / "out")
+    worker = Worker()
+
+    async def plain(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, worker.solver, prompt="{question}")
+
+    async def changed(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, worker.solver, prompt="again: {question}")
+
+    await fb.run(source, out, plain)
+    assert (await fb.run(source, out, plain)).chunks_reused == 1
+    with pytest.raises(fb.BadInput, match="code"):
+        await fb.run(source, out, changed)
+
+
+async def test_a_limit_takes_the_first_rows_and_raising_it_reuses_what_is_done(tmp_path: Path) -> None:
+    source, worker = questions(tmp_path / "in.jsonl", 40), Worker()
+    await go(source, tmp_path / "out", Worker(), chunk_size=10, limit=20)
+    summary = await go(source, tmp_path / "out", worker, chunk_size=10, limit=35)
+    assert (summary.rows, summary.chunks_reused, len(worker.chunks)) == (35, 2, 2)
+
+
+async def test_too_many_failed_rows_fail_the_run_without_a_manifest(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"question": "x" if i % 2 else None} for i in range(20)])
+    with pytest.raises(fb.TooManyFailures, match=r"of 20 rows failed.*max_failure_rate 0\.4"):
+        await go(source, tmp_path / "out", Worker(), chunk_size=5, max_failure_rate=0.4)
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    summary = await go(source, tmp_path / "out", Worker(), chunk_size=5, max_failure_rate=0.5)
+    assert summary.failures == 10
+
+
+async def test_a_run_without_a_single_answer_fails_whatever_rate_is_allowed(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": 1, "question": None}, {"id": 2, "question": ""}])
+    with pytest.raises(fb.TooManyFailures, match="no row was answered"):
+        await go(source, tmp_path / "out", Worker())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0; leave it out"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"max_failure_rate": 1.5}, "max_failure_rate must be between"),
+        ({"required_columns": ["questoin"]}, "has no column 'questoin' .did you mean 'question'"),
+        ({"columns": ["nope"]}, "has no column 'nope'"),
+        ({"columns": ["id"], "required_columns": ["question"]}, "has no column 'question'"),
+    ],
+)
+async def test_options_that_cannot_work_are_refused_before_a_chunk_starts(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    worker = Worker()
+    with pytest.raises(fb.BadInput, match=message):
+        await go(questions(tmp_path / "in.jsonl", 3), tmp_path / "out", worker, **options)
+    assert worker.chunks == []
+
+
+async def test_two_drivers_at_once_leave_every_row_exactly_once(tmp_path: Path) -> None:
+    source = questions(tmp_path / "in.jsonl", 100)
+    summaries = await asyncio.gather(
+        *(go(source, tmp_path / "out", Worker(), chunk_size=7, concurrency=2) for _ in range(2))
+    )
+    assert [summary.rows for summary in summaries] == [100, 100]
+    assert fb.read_output(str(tmp_path / "out"))["id"].to_pylist() == list(range(100))
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_chunks_fail_in_whatever_runs_the_output_is_that_of_an_undisturbed_run(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    rows, size = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 20))
+    source = questions(folder / "in.jsonl", rows)
+
+    async def main() -> None:
+        for _ in range(data.draw(st.integers(0, 3))):
+            worker = Worker()
+            worker.fail = data.draw(st.sets(st.integers(0, rows // size)))
+            try:
+                await go(source, folder / "out", worker, chunk_size=size, concurrency=data.draw(st.integers(1, 5)))
+            except fb.ChunkFailed:
+                pass
+        await go(source, folder / "out", Worker(), chunk_size=size)
+        await go(source, folder / "undisturbed", Worker(), chunk_size=size)
+
+    asyncio.run(main())
+    assert fb.read_output(str(folder / "out")).equals(fb.read_output(str(folder / "undisturbed")))
+
+
+async def test_fan_out_keeps_as_many_under_way_as_allowed_and_takes_items_late() -> None:
+    gates = [asyncio.Event() for _ in range(6)]
+    started: list[int] = []
+    taken: list[int] = []
+
+    async def call(i: int) -> int:
+        started.append(i)
+        await gates[i].wait()
+        if i == 1:
+            raise ValueError("one")
+        return i
+
+    outcomes = fan_out((taken.append(i) or i for i in range(6)), call, 2)
+    first = asyncio.ensure_future(anext(outcomes))
+    while len(started) < 2:
+        await asyncio.sleep(0)
+    assert (started, taken) == ([0, 1], [0, 1])
+    gates[1].set()
+    item, error = await first
+    assert (item, type(error)) == (1, ValueError)
+    assert taken == [0, 1]
+    for gate in gates:
+        gate.set()
+    assert sorted([item async for item, _ in outcomes]) == [0, 2, 3, 4, 5]
+
+
+async def test_leaving_fan_out_cancels_what_is_under_way() -> None:
+    cancelled: list[int] = []
+
+    async def call(i: int) -> int:
+        if i:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.append(i)
+                raise
+        return i
+
+    outcomes = fan_out(range(10), call, 3)
+    assert await anext(outcomes) == (0, 0)
+    await outcomes.aclose()
+    assert sorted(cancelled) == [1, 2]
+
+
+async def test_a_call_that_was_cancelled_elsewhere_is_a_failed_call_and_not_our_cancellation() -> None:
+    async def call(i: int) -> int:
+        raise asyncio.CancelledError
+
+    assert [type(outcome) async for _, outcome in fan_out([1], call, 1)] == [RuntimeError]
+
+
+def test_utilization_counts_each_device_once_however_many_chunks_shared_it() -> None:
+    shared = [DeviceUse("a", 0.0, 8.0, 0.0, 6.0), DeviceUse("a", 2.0, 10.0, 1.0, 7.0)]
+    assert utilization(shared) == pytest.approx(0.7)
+    assert utilization([*shared, DeviceUse("b", 0.0, 10.0, 0.0, 1.0)]) == pytest.approx(0.4)
+    assert utilization([]) == 0.0
+
+
+def test_progress_says_how_far_how_fast_and_how_long_still() -> None:
+    now, out = [0.0], io.StringIO()
+    progress = Progress(1000, done=200, out=out, clock=lambda: now[0])
+    now[0] = 1.0
+    progress.advance(100, 0)
+    assert out.getvalue() == ""  # too soon
+    now[0] = 4.0
+    progress.advance(300, 2)
+    assert out.getvalue() == "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed\n"
+    progress.advance(400, 0)
+    assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%)")

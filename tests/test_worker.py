@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flyte_batch as fb
+from flyte_batch.data.chunks import plan_chunks
+from flyte_batch.data.parts import read_part_info
+from flyte_batch.data.sources import open_source
+from flyte_batch.data.storage import locate
+from tests.helpers import questions, write_jsonl
+
+
+def chunk_of(tmp_path: Path, source: str) -> fb.Chunk:
+    (tmp_path / "out").mkdir(exist_ok=True)
+    opened = open_source(source)
+    (chunk,) = plan_chunks(opened, str(tmp_path / "out"), opened.rows, settings={})
+    return chunk
+
+
+def rows_of(chunk: fb.Chunk) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(Path(chunk.output) / chunk.part).to_pylist()
+
+
+def solver_of(*engines: fb.FakeEngine, **options: Any) -> Any:
+    """A singleton that starts the engines one after the other, each when the one before is gone."""
+    left = list(engines)
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(left.pop(0), batch_timeout_s=0.001, **options)
+
+    return solver
+
+
+async def test_every_row_is_answered_in_the_sources_order(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 300))
+    report = await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}?")
+    rows = rows_of(chunk)
+    assert [row["id"] for row in rows] == list(range(300))
+    assert [row["response"] for row in rows] == [f"echo: question {i}?" for i in range(300)]
+    assert {row["finish_reason"] for row in rows} == {"stop"}
+    assert {row["error"] for row in rows} == {None}
+    assert (report.rows, report.failures) == (300, 0)
+    assert report.prompt_tokens == sum(row["prompt_tokens"] for row in rows) == 600
+    assert report.response_tokens == sum(row["response_tokens"] for row in rows) == 900
+
+
+async def test_a_null_an_oversized_and_a_poison_row_fail_alone_with_their_causes(tmp_path: Path) -> None:
+    rows = [{"question": text} for text in ("fine", None, "long " * 50, "poison", "", "fine too")]
+    chunk = chunk_of(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows))
+    engine = fb.FakeEngine(context=20, poison=["poison"])
+    report = await fb.infer(chunk, solver_of(engine), prompt="{question}")
+    out = rows_of(chunk)
+    assert [row["response"] is None for row in out] == [False, True, True, True, True, False]
+    assert "column 'question' is null" in out[1]["error"]
+    assert "the prompt has 50 tokens" in out[2]["error"]
+    assert "RuntimeError: the fake engine failed" in out[3]["error"]
+    assert "the prompt is empty" in out[4]["error"]
+    assert report.failures == 4
+
+
+async def test_prompt_and_finish_can_be_functions_of_the_row(tmp_path: Path) -> None:
+    def ask(row: Any) -> fb.Prompt:
+        return fb.Prompt(f"{row['question']} #{row['id']}")
+
+    def finish(row: Any, completion: fb.Completion) -> str:
+        if row["id"] == 1:
+            raise ValueError("cannot be parsed")
+        return completion.text.upper() + str(row["id"])
+
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt=ask, finish=finish)
+    rows = rows_of(chunk)
+    assert [row["response"] for row in rows] == ["ECHO: QUESTION 0 #00", None, "ECHO: QUESTION 2 #22"]
+    assert rows[1]["error"] == "ValueError: cannot be parsed"
+
+
+async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked_again(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 100))
+    first, second = fb.FakeEngine(dies_after=4), fb.FakeEngine()
+    report = await fb.infer(chunk, solver_of(first, second, max_batch_size=10), prompt="{question}")
+    assert report.failures == 0
+    assert [row["response"] for row in rows_of(chunk)] == [f"echo: question {i}" for i in range(100)]
+    answered = {text for batch in first.batches[:4] for text in batch}
+    repeated = answered & {text for batch in second.batches for text in batch}
+    assert first.closed
+    assert len(repeated) <= 64  # a block that was partly answered is asked again, no more
+
+
+async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 10))
+    with pytest.raises((fb.EngineDead, fb.BatcherDied)):
+        await fb.infer(chunk, solver_of(fb.FakeEngine(dies_after=0), fb.FakeEngine(dies_after=0)), prompt="{question}")
+    assert read_part_info(locate(chunk.output).child(chunk.part)) is None
+
+
+async def test_chunks_at_the_same_time_share_one_engine_and_its_batches(tmp_path: Path) -> None:
+    opened = open_source(questions(tmp_path / "in.jsonl", 60))
+    (tmp_path / "out").mkdir()
+    chunks = plan_chunks(opened, str(tmp_path / "out"), 20, settings={})
+    engine = fb.FakeEngine()
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(engine, batch_timeout_s=5, max_batch_size=60)
+
+    reports = await asyncio.gather(*(fb.infer(chunk, solver, prompt="{question}") for chunk in chunks))
+    assert len(engine.batches) == 1  # it left because it was full, long before its time was up
+    assert len({report.device.engine for report in reports}) == 1
+
+
+async def test_a_cancelled_chunk_leaves_no_part_and_its_neighbour_alone(tmp_path: Path) -> None:
+    opened = open_source(questions(tmp_path / "in.jsonl", 20))
+    (tmp_path / "out").mkdir()
+    one, two = plan_chunks(opened, str(tmp_path / "out"), 10, settings={})
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def answer(text: str) -> str:
+        reached.set()
+        await gate.wait()
+        return text
+
+    solver = solver_of(fb.FakeEngine(answer))
+    tasks = [asyncio.create_task(fb.infer(chunk, solver, prompt="{question}")) for chunk in (one, two)]
+    await reached.wait()
+    tasks[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[0]
+    gate.set()
+    assert (await tasks[1]).failures == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [two.part]
+
+
+async def test_a_source_that_changed_since_the_plan_is_bad_input(tmp_path: Path) -> None:
+    source = questions(tmp_path / "in.jsonl", 5)
+    chunk = chunk_of(tmp_path, source)
+    write_jsonl(tmp_path / "in.jsonl", [{"id": i, "question": "another"} for i in range(5)])
+    with pytest.raises(fb.BadInput, match="changed"):
+        await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}")
