@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -257,6 +258,10 @@ class CTranslate2Engine:
         with self._unloading:  # a second caller, maybe of another loop, waits for the first
             self._threads.shutdown(wait=True)
             self._generator.unload_model()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"the CTranslate2 engine of {self._model} was not closed", ResourceWarning, stacklevel=2)
 
     async def __aenter__(self) -> CTranslate2Engine:
         return self

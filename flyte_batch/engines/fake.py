@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from flyte_batch.engines.checks import require_text
 from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory
 from flyte_batch.records import Completion, Prompt, SamplingParameters
 
@@ -98,13 +99,10 @@ class FakeEngine:
         """Count words.
 
         Raises:
-            BadRecord: the text is no text, is empty, or has as many words as the context or more.
+            BadRecord: no text or an empty one (`require_text`), or as many words as the context or more.
         """
-        if not isinstance(prompt.text, str):
-            raise BadRecord(f"the prompt is of type {type(prompt.text).__name__}, not a text")
+        require_text(prompt)
         words = [*(prompt.system or "").split(), *prompt.text.split()]
-        if not prompt.text.strip():
-            raise BadRecord("the prompt is empty")
         if len(words) >= self.context:
             raise BadRecord(
                 f"the prompt has {len(words)} tokens, the model's context holds {self.context} with the response: "

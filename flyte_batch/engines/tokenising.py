@@ -18,6 +18,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flyte_batch.engines.checks import require_text
 from flyte_batch.errors import BadInput, BadRecord
 from flyte_batch.records import Prompt
 
@@ -140,6 +141,7 @@ class PromptTokeniser:
             BadRecord: the prompt is not a text, is empty, is no valid Unicode, is refused by the chat template, or
                 leaves no room for a single token of response.
         """
+        require_text(prompt)
         text = self._render(prompt)
         try:
             # A template writes the special tokens itself; the tokenizer would write the first one twice.
@@ -156,28 +158,9 @@ class PromptTokeniser:
         return TokenisedPrompt(array("I", ids), min(self._max_tokens, self.context - len(ids)))
 
     def _render(self, prompt: Prompt) -> str:
-        text, system = prompt.text, prompt.system
-        if not isinstance(text, str):
-            raise BadRecord(f"the prompt is {_kind(text)}, not a text")
-        if not text or text.isspace():
-            raise BadRecord("the prompt is empty")
-        if system is not None and not isinstance(system, str):
-            raise BadRecord(f"the system text is {_kind(system)}, not a text")
-        try:
-            text.encode()
-            (system or "").encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord(
-                f"the prompt is no valid Unicode: {error.object[error.start]!r} at character {error.start} is half of "
-                "a surrogate pair; it was cut or decoded wrongly before it got here"
-            ) from error
         if self.template is not None:
             return self.template.render(prompt)
-        return f"{system}\n\n{text}" if system else text
-
-
-def _kind(value: object) -> str:
-    return "missing (None)" if value is None else f"of type {type(value).__name__}"
+        return f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
 
 
 @dataclass(frozen=True, slots=True)

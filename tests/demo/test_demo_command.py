@@ -76,7 +76,7 @@ class TestProblems:
         assert process.returncode == 0
 
 
-ROWS = [
+ROWS: list[dict[str, str | None]] = [
     {"answer": "#### 3", "response": "1 + 2 = 3\n#### 3"},
     {"answer": "#### 4", "response": "#### 5"},
     {"answer": "#### 4", "response": None},

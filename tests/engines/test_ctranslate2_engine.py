@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ctranslate2
+import ctranslate2  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -339,6 +339,11 @@ class TestCancelling:
         gate.set()
         await closing
         assert len(await call) == 1
+
+    def test_an_engine_that_nobody_closed_warns(self, model: Path) -> None:
+        engines = [asyncio.run(CTranslate2Engine.start(model))]
+        with pytest.warns(ResourceWarning, match="was not closed"):
+            engines.clear()
 
     async def test_close_from_another_loop_works(self, model: Path) -> None:
         engine = await CTranslate2Engine.start(model)

@@ -112,3 +112,9 @@ def test_a_prompt_as_long_as_the_context_is_rejected_and_a_long_one_may_answer_l
     assert engine.estimate_cost(engine.prepare(Prompt("1 2 3"))) == 4
     assert engine.estimate_cost(engine.prepare(Prompt("1", system="2"))) == 4
     assert engine.estimate_cost(engine.prepare(Prompt("1"))) == 4
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\ud800"])
+def test_it_rejects_what_the_real_engines_reject(text: str) -> None:
+    with pytest.raises(BadRecord):
+        FakeEngine().prepare(Prompt(text))
