@@ -189,7 +189,10 @@ class CTranslate2Engine:
         if self._closed:
             raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one")
         cancelled = threading.Event()
-        call = asyncio.get_running_loop().run_in_executor(self._threads, self._infer, tuple(batch), cancelled)
+        try:
+            call = asyncio.get_running_loop().run_in_executor(self._threads, self._infer, tuple(batch), cancelled)
+        except RuntimeError as error:  # closed between the check and here, by another thread's loop
+            raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one") from error
         try:
             return await call
         except asyncio.CancelledError:
