@@ -27,13 +27,14 @@ from flyte_batch.records import Completion, Prompt, SamplingParameters
 
 _log = logging.getLogger(__name__)
 
-# One thread a worker and a worker a core, in sub-batches of 32: measured with the demo model on two busy cores (rows/s,
-# float32 / int8): 1 worker x 1 thread 379 / 613, 2 x 1 360 / 542, 1 x 2 155 / 234. Threads of one
-# worker wait for each other after every layer, and wait long where something else needs the core. Sub-batches of 16 and
-# 32 were alike, 64 cost 10 to 20 %, 128 up to 30 %: their caches no longer fit the core's.
+# One thread a worker, a worker a core, sub-batches of 32. Measured with the demo model's shape on two cores another
+# job used too, best of two, rows/s float32 / int8: 1 worker x 1 thread 379 / 613, 2 x 1 360 / 542, 1 x 2 155 / 234.
+# Idle cores are not measured: there, threads of one worker may do better. With one thread a worker, 16 rows were within
+# 9 % of 32 either way, 64 cost 8 to 17 %, 128 11 to 28 %.
 _CPU_SUB_BATCH = 32
-# CTranslate2 feeds what a prompt has beyond the shortest of its sub-batch token by token, for all rows. Measured with
-# prompts of 34 to 1,530 tokens, rows/s: any span 31, 64 tokens 50, 32 tokens 58, 16 tokens 58, 8 tokens 54.
+# CTranslate2 feeds what a prompt has beyond the shortest of its sub-batch token by token, for all rows. Prompts of 34
+# to 1,530 tokens, one run each on the same busy cores, rows/s: 54 whatever the span, 92 with at most 32 tokens. With
+# 1 worker x 2 threads: any 31, 64 tokens 50, 32 tokens 58, 16 tokens 58, 8 tokens 54.
 _CPU_SPAN = 32
 _CUDA_SUB_BATCH = 256
 _SEEDING = threading.Lock()
