@@ -184,6 +184,44 @@ def test_a_manifest_is_taken_back_when_one_of_its_parts_is_gone(source: Path, fo
     assert output.manifest() is None
 
 
+def test_old_parts_are_deleted_only_while_there_is_no_manifest(
+    source: Path, folder: Path, infer: Infer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(*begin(source, folder), infer)
+    output, chunks = begin(source, folder, rows_per_chunk=3)
+    for chunk in chunks:
+        infer(chunk)
+    states: dict[str, bool] = {}
+    delete = storage.delete
+
+    def watched(location: storage.Location) -> None:
+        delete(location)
+        states[location.name] = (folder / MANIFEST_FILE).exists()
+
+    monkeypatch.setattr(storage, "delete", watched)
+    output.commit(chunks)
+    assert len(states) == 4
+    assert not any(states.values())
+
+
+def test_parts_that_vanish_during_the_commit_take_the_manifest_with_them(
+    source: Path, folder: Path, infer: Infer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, chunks = begin(source, folder)
+    for chunk in chunks:
+        infer(chunk)
+    write = storage.write_atomically
+
+    def another_driver_commits_another_plan(location: storage.Location, data: bytes) -> None:
+        (folder / chunks[0].part).unlink()
+        write(location, data)
+
+    monkeypatch.setattr(storage, "write_atomically", another_driver_commits_another_plan)
+    with pytest.raises(ChunkFailed, match="1 of 3 chunks"):
+        output.commit(chunks)
+    assert not (folder / MANIFEST_FILE).exists()
+
+
 def test_commit_refuses_while_a_part_is_missing_and_changes_nothing(source: Path, folder: Path, infer: Infer) -> None:
     finish(*begin(source, folder, rows_per_chunk=3), infer)
     old = parts_in(folder)

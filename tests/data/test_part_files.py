@@ -150,6 +150,13 @@ def test_a_foreign_file_or_another_chunks_part_under_the_right_name_is_not_trust
     assert read_part_info(storage.locate(path.with_name("nothing.parquet"))) is None
 
 
+def test_a_part_whose_rows_are_not_as_many_as_it_claims_is_not_trusted(chunk: Chunk) -> None:
+    write_part(chunk, read_chunk(chunk), RESULTS)
+    path = Path(chunk.output) / chunk.part
+    pq.write_table(pq.read_table(path).slice(0, 2), path)  # the footer's metadata travels along
+    assert info_of(chunk) is None
+
+
 def test_a_reader_of_the_folder_never_sees_a_file_that_is_being_written(chunk: Chunk) -> None:
     write_part(chunk, read_chunk(chunk), RESULTS)
     folder = Path(chunk.output)
