@@ -67,10 +67,10 @@ class Source:
         """
         tables = [self.schema.empty_table()]
         for file in self.files:
-            span = file.span(0, min(rows, file.rows))
-            if span.rows:
-                tables.extend(reader(span.format).read(span, self.schema, span.rows))
-            rows -= span.rows
+            taken = min(rows, file.rows)
+            if taken > 0:  # a file without rows has no span
+                tables.extend(reader(file.format).read(file.span(0, taken), self.schema, taken))
+                rows -= taken
         return pa.concat_tables(tables)
 
     def require(self, columns: Iterable[str]) -> None:

@@ -122,6 +122,16 @@ def test_a_relative_path_becomes_absolute_so_that_a_worker_finds_it(
     assert (chunk.spans[0].path, chunk.output) == (str(path), str(tmp_path / "out"))
 
 
+def test_the_head_of_a_source_is_its_first_rows_across_files_and_past_empty_ones(
+    tmp_path: Path, write_rows: Any
+) -> None:
+    write_rows("a.jsonl", b"")
+    write_rows("b.jsonl", [{"n": 1}])
+    write_rows("c.jsonl", [{"n": 2}, {"n": 3}])
+    source = open_source(str(tmp_path))
+    assert [source.head(rows)["n"].to_pylist() for rows in (0, 1, 2, 9)] == [[], [1], [1, 2], [1, 2, 3]]
+
+
 def test_files_without_rows_are_fine_beside_files_with_rows(tmp_path: Path, write_rows: Any) -> None:
     write_rows("a.jsonl", b"")
     pq.write_table(pa.table({"n": pa.array([], pa.string())}), tmp_path / "b.parquet")
