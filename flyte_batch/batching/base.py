@@ -179,8 +179,8 @@ class _Arrival(Generic[RecordT, ResultT]):
         self.admitted = admitted
 
 
-batch_under_way: contextvars.ContextVar[object] = contextvars.ContextVar("batch_under_way", default=None)
-"""Inside process_fn, the batch it was called with: `stop` must not wait there for the batch to end."""
+call_under_way: contextvars.ContextVar[object] = contextvars.ContextVar("call_under_way", default=None)
+"""Inside process_fn, a token of this very call: `stop` must not wait there for it to end."""
 
 
 class Batcher(abc.ABC, Generic[RecordT, ResultT]):
@@ -218,6 +218,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._arrivals: deque[_Arrival[RecordT, ResultT]] = deque()
         self._open_calls = 0
         self._on_device: list[Batch[RecordT, ResultT]] = []
+        self._call_under_way: object = None
 
     # -- What a subclass adds ---------------------------------------------
 
@@ -289,7 +290,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         if self._state is State.RUNNING:
             self._state = State.STOPPING
             self._wake()
-        if batch_under_way.get() in self._on_device:
+        if self._call_under_way is not None and call_under_way.get() is self._call_under_way:
             return
         await asyncio.wait([task])
 
@@ -360,7 +361,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     def _foreign_loop(self) -> BatcherError:
         return BatcherError(
             f"{type(self).__name__} belongs to another event loop than this one; "
-            "from another thread use asyncio.run_coroutine_threadsafe(batcher.map(...), loop), or give each loop its own"
+            "from another thread use asyncio.run_coroutine_threadsafe(batcher.map(...), loop), or one batcher a loop"
         )
 
     def _check_caller(self) -> asyncio.AbstractEventLoop:
@@ -410,7 +411,12 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         else:
             self._refuse_if_no_room(1)
             with self._open_call():
-                await self._admit(lane, (record,), (cost,), (future,))
+                try:
+                    await self._admit(lane, (record,), (cost,), (future,))
+                except BaseException:
+                    # The room may have come in the same tick as the cancellation.
+                    future.cancel()
+                    raise
         return future
 
     async def submit_batch(

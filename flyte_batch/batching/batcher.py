@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, get_args
 
-from flyte_batch.batching.base import Batcher, Overflow, State, batch_under_way
+from flyte_batch.batching.base import Batcher, Overflow, State, call_under_way
 from flyte_batch.batching.checks import finite_number, one_of, whole_number
 from flyte_batch.batching.costs import CostModel
 from flyte_batch.batching.packing import Backlog, Batch, BatchCost
@@ -139,9 +139,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 if deadline is None or clock() < deadline:
                     await self._nap(deadline)
                     continue
-            batch = self._backlog.take(self._budget)
-            self._room_was_made()
-            await self._run(batch)
+            await self._run()
 
     def _is_due(self) -> bool:
         waiting = len(self._backlog)
@@ -151,19 +149,23 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             return True
         return waiting >= self._min_batch_size and self._backlog.fills_a_batch(self._budget)
 
-    async def _run(self, batch: Batch[RecordT, ResultT]) -> None:
-        """One batch, and what it is split into, until each of its records is resolved."""
+    async def _run(self) -> None:
+        """Take a batch and run it, and what it is split into, until each of its records is resolved."""
         todo = self._on_device
-        todo.append(batch)
+        todo.append(self._backlog.take(self._budget))
+        self._room_was_made()
+        self._call_under_way = object()
+        call_under_way.set(self._call_under_way)
         while todo:
             # It stays in the list while it runs, so that whatever ends this task finds and fails it.
+            before = len(todo[-1])
             todo[-1] = batch = todo[-1].wanted()
+            self._meter.abandoned += before - len(batch)
             if not len(batch):
                 todo.pop()
                 continue
             self._meter.enter("busy")
             self._meter.running = len(batch)
-            batch_under_way.set(batch)
             outcome = await self._processor.call(batch.records)
             self._count(batch)
             if isinstance(outcome, list):
@@ -171,6 +173,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 self._settle(batch, outcome)
             else:
                 self._failed(batch, outcome)
+        self._call_under_way = None
         self._meter.enter("assembling" if len(self._backlog) else "starved")
         if (task := asyncio.current_task()) is not None and task.cancelling():
             # process_fn swallowed a cancellation that was meant for us.

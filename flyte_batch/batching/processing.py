@@ -125,20 +125,27 @@ class Processor(Generic[RecordT, ResultT]):
         """The results, or what was raised instead. It raises only if the calling task itself is cancelled."""
         task = asyncio.current_task()
         try:
-            answer: Any = self._fn(records) if self._on_loop else await self._in_thread(records)
+            answer: Any
+            if self._on_loop:
+                answer = self._fn(records)
+            else:
+                # Errors of the thread travel as values too: a future, or a coroutine, would mistake StopIteration.
+                answer, error = await self._in_thread(records)
+                if error is not None:
+                    return error
             if inspect.isawaitable(answer):
                 # A lambda or a wrapper around an async function. From now on it is called where it belongs.
                 self._on_loop = True
                 answer = await _Timed(answer, self._step_took)
             return checked_results(answer, len(records))
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError as leaked:
             if task is not None and task.cancelling():
                 raise
-            return error
+            return leaked
         except GeneratorExit:
             raise
-        except BaseException as error:
-            return error
+        except BaseException as raised:
+            return raised
 
     def close(self) -> None:
         """Let the thread go once it is idle."""
@@ -146,18 +153,14 @@ class Processor(Generic[RecordT, ResultT]):
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    async def _in_thread(self, records: list[RecordT]) -> Any:
+    async def _in_thread(self, records: list[RecordT]) -> tuple[Any, BaseException | None]:
         if self._thread is None:
             # One thread, always the same: engines keep per-thread state, and a batch at a time is the contract.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"batcher-{self.name}")
         context = contextvars.copy_context()
-        # Outcomes travel as values, because a future refuses to carry StopIteration.
-        answer, error = await asyncio.get_running_loop().run_in_executor(
+        return await asyncio.get_running_loop().run_in_executor(
             self._thread, context.run, _outcome_of, self._fn, records
         )
-        if error is not None:
-            raise error
-        return answer
 
     def _step_took(self, seconds: float) -> None:
         if seconds <= self._threshold_s:
