@@ -28,7 +28,9 @@ def _add(value: object, update: Callable[[bytes], None], seen: set[int]) -> None
     if id(value) in seen:
         return
     if isinstance(value, _PLAIN):
-        update(f"{type(value).__name__}:{sorted(map(repr, value)) if isinstance(value, frozenset) else value!r};".encode())
+        update(
+            f"{type(value).__name__}:{sorted(map(repr, value)) if isinstance(value, frozenset) else value!r};".encode()
+        )
         return
     seen.add(id(value))
     if isinstance(value, partial):

@@ -30,7 +30,9 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         if not self.columns:
-            raise BadInput(f"the prompt template {self.text!r} names no column; write one in braces, as in '{{question}}'")
+            raise BadInput(
+                f"the prompt template {self.text!r} names no column; write one in braces, as in '{{question}}'"
+            )
 
     @classmethod
     def for_column(cls, column: str, system: str | None = None) -> PromptTemplate:

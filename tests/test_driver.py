@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,8 @@ def test_whatever_chunks_fail_in_whatever_runs_the_output_is_that_of_an_undistur
         for _ in range(data.draw(st.integers(0, 3))):
             worker = Worker()
             worker.fail = data.draw(st.sets(st.integers(0, rows // size)))
-            try:
+            with contextlib.suppress(fb.ChunkFailed):
                 await go(source, folder / "out", worker, chunk_size=size, concurrency=data.draw(st.integers(1, 5)))
-            except fb.ChunkFailed:
-                pass
         await go(source, folder / "out", Worker(), chunk_size=size)
         await go(source, folder / "undisturbed", Worker(), chunk_size=size)
 
@@ -200,9 +199,12 @@ async def test_fan_out_keeps_as_many_under_way_as_allowed_and_takes_items_late()
     gates = [asyncio.Event() for _ in range(6)]
     started: list[int] = []
     taken: list[int] = []
+    two_started = asyncio.Event()
 
     async def call(i: int) -> int:
         started.append(i)
+        if len(started) == 2:
+            two_started.set()
         await gates[i].wait()
         if i == 1:
             raise ValueError("one")
@@ -210,8 +212,7 @@ async def test_fan_out_keeps_as_many_under_way_as_allowed_and_takes_items_late()
 
     outcomes = fan_out((taken.append(i) or i for i in range(6)), call, 2)
     first = asyncio.ensure_future(anext(outcomes))
-    while len(started) < 2:
-        await asyncio.sleep(0)
+    await two_started.wait()
     assert (started, taken) == ([0, 1], [0, 1])
     gates[1].set()
     item, error = await first

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from ctranslate2.converters import TransformersConverter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from flyte_batch.demo.problems import TEMPLATES, Problem, Split, generate, is_right, make_drill, make_problem
+from flyte_batch.demo.problems import TEMPLATES, THINGS, Problem, Split, generate, is_right, make_drill, make_problem
 
 END, USER, ASSISTANT = "<|endoftext|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 VOCABULARY = 768
 CONTEXT = 2048
-DIGIT_WEIGHT = 4.0
+COPY_WEIGHT = 4.0  # for what must be computed or copied: digits and things
 IGNORED = -100
 
 
@@ -69,10 +70,10 @@ class Batches:
         self._rng = random.Random(seed)
         self._tokenizer = tokenizer
         self._tokens_per_batch = tokens_per_batch
-        self._digits = torch.zeros(tokenizer.get_vocab_size())
+        self._heavy = torch.zeros(tokenizer.get_vocab_size())
         for token, index in tokenizer.get_vocab().items():
-            if token.lstrip("Ġ").isdigit():
-                self._digits[index] = 1.0
+            if token.lstrip("Ġ").isdigit() or token.lstrip("Ġ") in THINGS:
+                self._heavy[index] = 1.0
         self._pool: dict[bool, list[list[tuple[list[int], int]]]] = {True: [], False: []}
 
     def _encode(self, problems: list[Problem]) -> list[tuple[list[int], int]]:
@@ -98,7 +99,7 @@ class Batches:
             tokens[i, : len(ids)] = torch.tensor(ids)
             labels[i, prompt : len(ids)] = tokens[i, prompt : len(ids)]
         labels = labels[:, 1:]
-        weights = (labels != IGNORED) * (1.0 + (DIGIT_WEIGHT - 1.0) * self._digits[labels.clamp(min=0)])
+        weights = (labels != IGNORED) * (1.0 + (COPY_WEIGHT - 1.0) * self._heavy[labels.clamp(min=0)])
         return tokens[:, :-1], labels, weights
 
 
@@ -126,7 +127,7 @@ def train(tokenizer: Tokenizer, args: argparse.Namespace) -> LlamaForCausalLM:
     started, running = time.monotonic(), []
     for step in range(args.steps):
         done = step / args.steps
-        rate = min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1.0 - done) / 0.6))
+        rate = min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1.0 - done) / 0.7))
         for optimizer, lr in ((muon, args.muon_lr), (adam, args.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
@@ -160,8 +161,8 @@ def write(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Hugging Face files under ``out/hf``, CTranslate2 files converted from exactly those under ``out/ctranslate2``."""
     hf, ct2 = out / "hf", out / "ctranslate2"
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, pad_token=END, clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=END, pad_token=END,
+        clean_up_tokenization_spaces=False, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
     half = LlamaForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
@@ -185,11 +186,12 @@ def evaluate(model: Path, tokenizer: Tokenizer, count: int, seed: int, verbose: 
     results = generator.generate_batch(
         prompts, max_batch_size=64, max_length=160, sampling_topk=1, include_prompt_in_result=False, end_token=END
     )
-    right, wrong, total = 0, Counter[str](), Counter[str]()
+    right, same, wrong, total = 0, 0, Counter[str](), Counter[str]()
     for problem, result in zip(problems, results, strict=True):
         kind = _kind(problem)
         total[kind] += 1
         text = tokenizer.decode(result.sequences_ids[0])
+        same += text == problem.answer
         if is_right(text, problem.answer):
             right += 1
         else:
@@ -197,23 +199,22 @@ def evaluate(model: Path, tokenizer: Tokenizer, count: int, seed: int, verbose: 
             if verbose and wrong.total() <= 10:
                 print(json.dumps({"question": problem.question, "expected": problem.answer, "got": text}))
     kinds = " ".join(f"{k}:{100 * (1 - wrong[k] / n):.1f}" for k, n in sorted(total.items()))
-    print(f"held-out exact {right / count:.4f} of {count}  {kinds}", flush=True)
+    print(f"held-out: {right / count:.4f} right, {same / count:.4f} word for word, of {count}  {kinds}", flush=True)
     return right / count
 
 
 def _kind(problem: Problem) -> str:
-    operations = [line.split()[1] for line in problem.answer.splitlines() if " = " in line]
-    return "".join(operations)
+    return "".join(re.findall(r"(?m)^\D*\d+ ([-+*]) \d+ =", problem.answer))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("flyte_batch/demo/model"))
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--tokens-per-batch", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
-    parser.add_argument("--drills-first", type=float, default=0.15, help="share of the steps that sees only bare sums")
+    parser.add_argument("--drills-first", type=float, default=0.1, help="share of the steps that sees only bare sums")
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--required", type=float, default=0.99, help="least share of exact held-out answers")
     parser.add_argument("--seed", type=int, default=0)

@@ -44,10 +44,10 @@ class Lane(Generic[RecordT, ResultT]):
         self.costs: list[float] = []
         self.tickets: list[Any] = []
         self.arrivals: list[float] = []
-        self.dropped: set[Any] = set()
+        self.dropped: set[Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.records) - len(self.dropped)
+        return len(self.records) - len(self.dropped or ())
 
     def queued(self, tickets: Sequence[Any]) -> None:
         """These are in the backlog now."""
@@ -66,11 +66,17 @@ class Lane(Generic[RecordT, ResultT]):
         """Hand over the outcomes; ``failures`` of them are exceptions."""
         raise NotImplementedError
 
+    def drop(self, ticket: Any) -> None:
+        """Nobody waits for this record any more."""
+        if self.dropped is None:
+            self.dropped = set()
+        self.dropped.add(ticket)
+
     def purge(self) -> None:
         """Forget dropped records. Done once for many, because finding one among thousands would take a scan each."""
         if self.dropped:
             self.cut([i for i, ticket in enumerate(self.tickets) if ticket in self.dropped])
-            self.dropped.clear()
+            self.dropped = None
 
     def cut(self, positions: Sequence[int]) -> tuple[list[RecordT], list[float], list[Any]]:
         """Take out the records at these positions (ascending, at least one), with their costs and tickets."""
@@ -193,7 +199,7 @@ class Backlog(Generic[RecordT, ResultT]):
 
     def drop(self, lane: Lane[RecordT, ResultT], ticket: Any, cost: float) -> None:
         """Nobody waits for this record any more; it must be in the backlog."""
-        lane.dropped.add(ticket)
+        lane.drop(ticket)
         self._left(1, cost)
         if not len(lane):
             lane.purge()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from flyte_batch.data.output import iter_output
 from flyte_batch.demo.problems import Split, generate, is_right
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import BadInput, FlyteBatchError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     problems.add_argument("--output", type=Path, help="file to write; without it, standard output")
     score = commands.add_parser("score", help="the share of right answers")
-    score.add_argument("path", type=Path, help="JSONL or Parquet, a file or a folder of such files")
-    score.add_argument("--response", default="response", help="column of what the model said (default response)")
+    score.add_argument("output", help="the finished output of a run")
     score.add_argument("--answer", default="answer", help="column of the reference answer (default answer)")
     options = parser.parse_args(arguments)
     try:
@@ -36,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = (problem.to_json() for problem in generate(options.count, options.seed, Split(options.split)))
             _write(lines, options.output)
         else:
-            print(_score(_rows(options.path), options.response, options.answer))
+            print(_score(options.output, options.answer))
             sys.stdout.flush()
     except BrokenPipeError:  # the reader (head, less) has seen enough
         # What is buffered still has somewhere to go when the interpreter flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (BadInput, OSError) as error:
+    except (FlyteBatchError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -76,65 +73,14 @@ def _write(lines: Iterable[str], output: Path | None) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        raise BadInput(f"{path} does not exist")
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".parquet") and not p.name.startswith("."))
-        if not files:
-            raise BadInput(f"{path} holds no .jsonl or .parquet file")
-    for file in files:
-        if file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        else:
-            yield from _jsonl_rows(file)
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with contextlib.closing(_open_parquet(pq, pa, file)) as parquet:
-        for batch in parquet.iter_batches():
-            yield from batch.to_pylist()
-
-
-def _open_parquet(pq: Any, pa: Any, file: Path) -> Any:
-    try:
-        return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise BadInput(f"{file} is no Parquet file: {error}") from error
-
-
-def _jsonl_rows(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{file}, line {number}, is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise BadInput(f"{file}, line {number}, is a {type(row).__name__}, not an object with columns")
-            yield row
-
-
-def _score(rows: Iterable[dict[str, Any]], response: str, answer: str) -> str:
+def _score(output: str, answer: str) -> str:
     """A failed row, with no response, counts as wrong: leaving it out would reward failing."""
     right = total = without = 0
-    for row in rows:
-        for option, column in (("--response", response), ("--answer", answer)):
-            if column not in row:
-                raise BadInput(
-                    f"there is no column {column!r}, only {', '.join(map(repr, row))}: name it with {option}"
-                )
-        total += 1
-        without += row[response] is None
-        right += is_right(str(row[response]), str(row[answer]))
-    if not total:
-        raise BadInput("there are no rows to score")
+    for part in iter_output(output, columns=["response", answer]):
+        for response, expected in zip(part["response"].to_pylist(), part[answer].to_pylist(), strict=True):
+            total += 1
+            without += response is None
+            right += is_right(response, str(expected))
     failed = f", {without:,} without a response" if without else ""
     return f"{right:,} of {total:,} right ({right / total:.2%}){failed}"
 

@@ -11,8 +11,9 @@ What training saw and what it never saw is decided by code, not by chance (`Spli
   one pair, as are the two orders of a product.
 - *Wordings.* A hash of template, name and thing assigns a fifth of their combinations to `Split.TEST`.
 
-A test problem uses test pairs in *every* step and a test wording; a training problem uses none of either. The
-same hash decides for the drills (bare sums) that training mixes in.
+A test problem uses test pairs in *every* step and a test wording; a training problem uses none of either, not even in
+the intermediate sums of its working (``35 - 28 = 15 - 8 = 7`` holds the pair of ``15 - 8``). The same holds for the
+drills (bare sums) that training mixes in.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ class _Operation(enum.StrEnum):
 class _Template:
     """A wording: ``{name}``, ``{thing}`` and ``{box}`` are words, ``{a}``, ``{b}``, ``{c}`` the problem's numbers.
 
-    Each step is an operation and the two symbols it takes (``x`` is the result of the first step).
+    Each step is the beginning of a sentence, an operation and the two symbols it takes (``x`` is the result of the
+    first step).
     """
 
     question: str
-    steps: tuple[tuple[str, _Operation, str, str], ...]  # (sentence, operation, left symbol, right symbol)
+    steps: tuple[tuple[str, _Operation, str, str], ...]
 
 
 _ADD, _SUB, _MUL = _Operation.ADD, _Operation.SUBTRACT, _Operation.MULTIPLY
@@ -86,63 +88,51 @@ _ADD, _SUB, _MUL = _Operation.ADD, _Operation.SUBTRACT, _Operation.MULTIPLY
 TEMPLATES = (
     _Template(
         "{name} has {a} {thing}. Then {name} finds {b} more. How many {thing} does {name} have now?",
-        (("{name} has {a} {thing} and finds {b} more.", _ADD, "a", "b"),),
+        (("With those found there are", _ADD, "a", "b"),),
     ),
     _Template(
         "There are {a} {thing} on the table. {name} puts {b} more {thing} there. How many are there in all?",
-        (("In all there are {a} and {b} {thing}.", _ADD, "a", "b"),),
+        (("On the table there are", _ADD, "a", "b"),),
     ),
     _Template(
         "{name} picks {a} {thing} on Monday and {b} {thing} on Tuesday. How many {thing} is that together?",
-        (("{name} picks {a} {thing} and then {b} {thing}.", _ADD, "a", "b"),),
+        (("Both days together make", _ADD, "a", "b"),),
     ),
     _Template(
         "{name} has {a} {thing} and gives {b} of them to a friend. How many {thing} are left?",
-        (("{name} has {a} {thing} and gives away {b}.", _SUB, "a", "b"),),
+        (("After the gift there are", _SUB, "a", "b"),),
     ),
     _Template(
         "A shop has {a} {thing}. {name} buys {b} of them. How many {thing} does the shop still have?",
-        (("The shop had {a} {thing} and sold {b}.", _SUB, "a", "b"),),
+        (("After the sale the shop has", _SUB, "a", "b"),),
     ),
     _Template(
         "{name} wants {a} {thing} and already has {b}. How many more {thing} does {name} need?",
-        (("{name} wants {a} {thing} and has {b}.", _SUB, "a", "b"),),
+        (("What is missing is", _SUB, "a", "b"),),
     ),
     _Template(
         "{name} buys {b} {box} of {thing}. Each holds {a} {thing}. How many {thing} does {name} buy?",
-        (("Each of the {b} {box} holds {a} {thing}.", _MUL, "a", "b"),),
+        (("All of them hold", _MUL, "a", "b"),),
     ),
     _Template(
         "{name} makes {a} {thing} every day. How many {thing} does {name} make in {b} days?",
-        (("{name} makes {a} {thing} a day for {b} days.", _MUL, "a", "b"),),
+        (("In all those days that is", _MUL, "a", "b"),),
     ),
     _Template(
         "{name} has {a} {thing}, gets {b} more and then loses {c}. How many {thing} does {name} have at the end?",
-        (
-            ("After getting {b} more, {name} has {a} and {b} {thing}.", _ADD, "a", "b"),
-            ("Then {name} loses {c} of the {x} {thing}.", _SUB, "x", "c"),
-        ),
+        (("With those received there are", _ADD, "a", "b"), ("Without those lost there are", _SUB, "x", "c")),
     ),
     _Template(
         "A box holds {a} {thing}. {name} takes {b} out and later puts {c} in. How many {thing} does it hold then?",
-        (
-            ("When {name} takes {b} of the {a} {thing} out, some are left.", _SUB, "a", "b"),
-            ("With {c} {thing} put in, the box holds {x} and {c}.", _ADD, "x", "c"),
-        ),
+        (("Without those taken out the box holds", _SUB, "a", "b"), ("With those put in it holds", _ADD, "x", "c")),
     ),
     _Template(
         "{name} fills {b} {box} with {a} {thing} each and keeps {c} more at home. How many {thing} is that in all?",
-        (
-            ("The {b} {box} hold {a} {thing} each.", _MUL, "a", "b"),
-            ("With {c} more at home {name} has {x} and {c} {thing}.", _ADD, "x", "c"),
-        ),
+        (("All that was filled holds", _MUL, "a", "b"), ("With those at home that is", _ADD, "x", "c")),
     ),
     _Template(
         "{name} buys {b} {box} of {a} {thing} and uses {c} of the {thing}. How many {thing} remain?",
-        (
-            ("The {b} {box} of {a} {thing} are all that {name} has.", _MUL, "a", "b"),
-            ("After {name} uses {c} {thing} of the {x}, the rest remain.", _SUB, "x", "c"),
-        ),
+        (("What was bought is", _MUL, "a", "b"), ("After use there are", _SUB, "x", "c")),
     ),
 )
 
@@ -160,6 +150,24 @@ def pair_split(operation: str, a: int, b: int) -> Split:
     if operation != _SUB:
         a, b = max(a, b), min(a, b)
     return Split.TEST if _hash("pair", operation, a, b) % 10 == 0 else Split.TRAIN
+
+
+def working(operation: str, a: int, b: int) -> tuple[str, str, int, int]:
+    """How ``a operation b`` is worked out by tens and ones: (the sum as written, operation and pair of its last step).
+
+    ``27 + 38 = 50 + 15 = 65``, ``83 - 47 = 43 - 7 = 36``, ``23 * 4 = 80 + 12 = 92``; in one step where tens or ones are
+    nothing to speak of, as in ``6 + 5 = 11``, ``38 - 8 = 30``, ``20 * 4 = 80``.
+    """
+    if operation == _ADD:
+        last, left, right = _ADD, (a - a % 10) + (b - b % 10), a % 10 + b % 10
+    elif operation == _SUB:
+        last, left, right = _SUB, a - (b - b % 10), b % 10
+    else:
+        last, left, right = _ADD, (a - a % 10) * b, a % 10 * b
+    result = last.apply(left, right)
+    if not left or not right or (left, right) == (a, b):
+        return f"{a} {operation} {b} = {result}", operation, a, b
+    return f"{a} {operation} {b} = {left} {last.value} {right} = {result}", last.value, left, right
 
 
 @cache
@@ -182,6 +190,7 @@ def _pairs(operation: _Operation, split: Split, left: int | None, chained: bool)
         if operation.apply(a, b) >= 1
         and (not chained or 2 <= operation.apply(a, b) <= LARGEST_OPERAND)
         and pair_split(operation, a, b) is split
+        and (split is Split.TEST or pair_split(*working(operation, a, b)[1:]) is Split.TRAIN)
     )
 
 
@@ -205,8 +214,7 @@ def make_problem(rng: random.Random, split: Split = Split.TEST) -> Problem:
     lines, result = [], 0
     for sentence, operation, left, right in template.steps:
         result = operation.apply(numbers[left], numbers[right])
-        lines.append(sentence.format(**words, **numbers))
-        lines.append(f"{numbers[left]} {operation.value} {numbers[right]} = {result}")
+        lines.append(f"{sentence} {working(operation, numbers[left], numbers[right])[0]} {thing}.")
     return Problem(question, "\n".join([*lines, f"#### {result}"]))
 
 
@@ -228,7 +236,7 @@ def make_drill(rng: random.Random) -> Problem:
     operation = rng.choice(tuple(_Operation))
     a, b = _pick(rng, _pairs(operation, Split.TRAIN, None, False))
     result = operation.apply(a, b)
-    return Problem(f"{a} {operation.value} {b} =", f"{a} {operation.value} {b} = {result}\n#### {result}")
+    return Problem(f"{a} {operation.value} {b} =", f"{working(operation, a, b)[0]}\n#### {result}")
 
 
 def generate(count: int, seed: int, split: Split = Split.TEST) -> Iterator[Problem]:

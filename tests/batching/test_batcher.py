@@ -649,8 +649,13 @@ async def test_an_unclosed_batcher_warns_when_it_is_collected():
     await settle()
     owner = [batcher]
     del batcher
-    with pytest.warns(ResourceWarning, match="unclosed DynamicBatcher"):
+
+    def collect() -> None:
         owner.clear()
+        gc.collect()
+
+    with pytest.warns(ResourceWarning, match="unclosed DynamicBatcher"):
+        collect()
 
 
 async def test_a_closed_batcher_is_collected_silently(recwarn):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+import flyte_batch as fb
 from flyte_batch.demo import model_path
 from flyte_batch.demo.__main__ import main
 from flyte_batch.demo.problems import Split, generate
 from flyte_batch.errors import BadInput
+from tests.helpers import write_jsonl
 
 
 class TestProblems:
@@ -76,63 +78,41 @@ class TestProblems:
         assert process.returncode == 0
 
 
-ROWS: list[dict[str, str | None]] = [
-    {"answer": "#### 3", "response": "1 + 2 = 3\n#### 3"},
-    {"answer": "#### 4", "response": "#### 5"},
-    {"answer": "#### 4", "response": None},
-    {"answer": "#### 6", "response": "#### 6"},
-]
-
-
 class TestScore:
+    @staticmethod
+    def output(folder: Path, rows: list[dict[str, str | None]]) -> str:
+        """A finished run over the rows whose engine says what the question says."""
+        source = write_jsonl(folder / "in.jsonl", rows)
+
+        @fb.singleton
+        async def solver() -> fb.EngineBatcher[Any, Any]:
+            return fb.EngineBatcher(fb.FakeEngine(lambda text: text))
+
+        async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+            return await fb.infer(chunk, solver, prompt="{question}")
+
+        asyncio.run(fb.run(source, str(folder / "out"), infer_chunk, chunk_size=2))
+        return str(folder / "out")
+
     def test_counts_a_failed_row_as_wrong(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("\n".join(map(json.dumps, ROWS)))
-        assert main(["score", str(path)]) == 0
-        assert capsys.readouterr().out == "2 of 4 right (50.00%), 1 without a response\n"
+        said = [("1 + 2 = 3\n#### 3", "#### 3"), ("#### 5", "#### 4"), (None, "#### 4"), ("#### 1,006", "#### 1006")]
+        output = self.output(tmp_path, [{"question": question, "answer": answer} for question, answer in said])
+        assert main(["score", output]) == 0
+        assert capsys.readouterr().out.endswith("\n2 of 4 right (50.00%), 1 without a response\n")
 
-    def test_reads_every_part_of_a_folder_and_nothing_unfinished(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        (tmp_path / "parts").mkdir()
-        for at in range(3):
-            pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "parts" / f"{at}.parquet")
-        (tmp_path / "parts" / ".3.parquet").write_bytes(b"half")
-        assert main(["score", str(tmp_path)]) == 0
-        assert capsys.readouterr().out.startswith("6 of 12 right")
+    def test_may_be_told_the_column_of_the_reference(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = self.output(tmp_path, [{"question": "#### 3", "expected": "#### 3"}])
+        assert main(["score", output, "--answer", "expected"]) == 0
+        assert capsys.readouterr().out.endswith("\n1 of 1 right (100.00%)\n")
+        assert main(["score", output]) == 1
+        assert "no column 'answer'" in capsys.readouterr().err
 
-    def test_may_be_told_the_columns(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = tmp_path / "rows.jsonl"
-        path.write_text('{"expected": "#### 3", "said": "#### 3"}\n\n')
-        assert main(["score", str(path), "--response", "said", "--answer", "expected"]) == 0
-        assert capsys.readouterr().out == "1 of 1 right (100.00%)\n"
-
-    @pytest.mark.parametrize(
-        ("content", "why"),
-        [
-            ('{"answer": "#### 1"}', "no column 'response', only 'answer': name it with --response"),
-            ("{", "rows.jsonl, line 1, is no JSON"),
-            ("[1]", "line 1, is a list, not an object"),
-            ("", "no rows to score"),
-        ],
-    )
-    def test_says_what_is_wrong_with_a_file(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
-    ) -> None:
-        (tmp_path / "rows.jsonl").write_text(content)
-        assert main(["score", str(tmp_path / "rows.jsonl")]) == 1
-        error = capsys.readouterr().err
-        assert why in error
-        assert error.count("\n") == 1
-
-    def test_says_what_is_wrong_with_a_path(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["score", str(tmp_path / "none")]) == 1
-        assert "does not exist" in capsys.readouterr().err
-        assert main(["score", str(tmp_path)]) == 1
-        assert "holds no .jsonl or .parquet" in capsys.readouterr().err
-        (tmp_path / "x.parquet").write_bytes(b"no parquet")
-        assert main(["score", str(tmp_path)]) == 1
-        assert "x.parquet is no Parquet file" in capsys.readouterr().err
+    def test_refuses_what_is_no_finished_output(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for folder, why in ((tmp_path, "is not finished"), (tmp_path / "none", "no such output folder")):
+            assert main(["score", str(folder)]) == 1
+            error = capsys.readouterr().err
+            assert why in error
+            assert error.count("\n") == 1
 
 
 def test_the_model_comes_in_two_formats_and_no_third() -> None:

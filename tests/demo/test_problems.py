@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -26,17 +27,23 @@ from flyte_batch.demo.problems import (
     wording_split,
 )
 
-STEP = re.compile(r"^(\d+) ([-+*]) (\d+) = (\d+)$", re.MULTILINE)
+STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (?:(\d+) ([-+]) (\d+) = )?(\d+)")
 seeds = st.integers(0, 2**32)
 PINNED = (
-    '{"question": "Mia picks 73 stamps on Monday and 7 stamps on Tuesday. How many stamps is t'
-    'hat together?", "answer": "Mia picks 73 stamps and then 7 stamps.\\n73 + 7 = 80\\n#### 80"}'
+    '{"question": "Mia picks 73 stamps on Monday and 7 stamps on Tuesday. How many stamps is that together?", '
+    '"answer": "Both days together make 73 + 7 = 70 + 10 = 80 stamps.\\n#### 80"}'
 )
 
 
 def steps(problem: Problem) -> list[tuple[int, str, int, int]]:
-    """(left, operation, right, result) of each line of the working."""
-    return [(int(a), operation, int(b), int(result)) for a, operation, b, result in STEP.findall(problem.answer)]
+    """(left, operation, right, result) of each step that the question asks for."""
+    return [(int(a), operation, int(b), int(end)) for a, operation, b, _, _, _, end in STEP.findall(problem.answer)]
+
+
+def sums_between(problem: Problem) -> list[tuple[int, str, int, int]]:
+    """The same of the sums by tens and ones within the steps."""
+    found = STEP.findall(problem.answer)
+    return [(int(a), operation, int(b), int(end)) for *_, a, operation, b, end in found if operation]
 
 
 def computed(a: int, operation: str, b: int) -> int:
@@ -73,6 +80,8 @@ def test_the_working_of_every_problem_is_right(seed: int, split: Split) -> None:
         assert 1 <= a <= LARGEST_OPERAND
         assert 1 <= b <= (LARGEST_FACTOR if operation == "*" else LARGEST_OPERAND)
         assert result >= 1
+    for a, operation, b, result in sums_between(problem):
+        assert computed(a, operation, b) == result
     if len(lines) == 2:
         assert lines[1][0] == lines[0][3]  # or the second operand, never a third number
     assert problem.answer.endswith(f"\n#### {lines[-1][3]}")
@@ -94,6 +103,8 @@ def test_a_question_names_every_number_that_its_working_starts_from(seed: int, s
 def test_every_pair_and_the_wording_of_a_problem_belong_to_its_split(seed: int, split: Split) -> None:
     problem = make_problem(random.Random(seed), split)
     assert {pair_split(operation, a, b) for a, operation, b, _ in steps(problem)} == {split}
+    if split is Split.TRAIN:
+        assert {pair_split(operation, a, b) for a, operation, b, _ in sums_between(problem)} <= {Split.TRAIN}
     (wording,) = wordings(problem)
     assert wording_split(*wording) is split
 
@@ -105,17 +116,20 @@ def test_a_drill_is_right_and_never_from_the_test_split(seed: int) -> None:
     ((a, operation, b, result),) = steps(drill)
     assert computed(a, operation, b) == result
     assert drill.question == f"{a} {operation} {b} ="
-    assert pair_split(operation, a, b) is Split.TRAIN
+    assert {pair_split(o, x, y) for x, o, y, _ in (*steps(drill), *sums_between(drill))} == {Split.TRAIN}
     assert is_right(drill.answer, drill.answer)
 
 
 def test_the_splits_share_no_pair_and_no_question() -> None:
     train, test = (list(generate(3000, 7, split)) for split in (Split.TRAIN, Split.TEST))
 
-    def pairs(problems: list[Problem]) -> set[tuple[str, frozenset[int] | tuple[int, int]]]:
-        return {(o, (a, b) if o == "-" else frozenset((a, b))) for p in problems for a, o, b, _ in steps(p)}
+    def pairs(
+        problems: list[Problem], *kinds: Callable[[Problem], list[tuple[int, str, int, int]]]
+    ) -> set[tuple[str, frozenset[int] | tuple[int, int]]]:
+        found = [step for problem in problems for kind in kinds for step in kind(problem)]
+        return {(o, (a, b) if o == "-" else frozenset((a, b))) for a, o, b, _ in found}
 
-    assert not pairs(train) & pairs(test)
+    assert not pairs(train, steps, sums_between) & pairs(test, steps)
     assert not {p.question for p in train} & {p.question for p in test}
     assert {w for p in train for w in wordings(p)}.isdisjoint(w for p in test for w in wordings(p))
 
