@@ -85,8 +85,9 @@ def main() -> None:
             whole, summary = whole_run(source, Path(folder) / f"out-{number}", args.rows)
             ratios.append(bare / whole)
             print(
-                f"round {number + 1}: bare loop {args.rows / bare:,.0f} rows/s, whole run {args.rows / whole:,.0f} rows/s, "
-                f"whole run {args.rows / whole:,.0f} rows/s, ratio {bare / whole:.3f}, utilization {summary.utilization:.1%}, {summary.chunks} chunks"
+                f"round {number + 1}: bare loop {args.rows / bare:,.0f} rows/s, "
+                f"whole run {args.rows / whole:,.0f} rows/s, ratio {bare / whole:.3f}, "
+                f"utilization {summary.utilization:.1%}, {summary.chunks} chunks"
             )
     loop.run_until_complete(engine.aclose())
     loop.close()
