@@ -14,8 +14,7 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import islice
 from types import TracebackType
@@ -47,12 +46,11 @@ class State(Enum):
 class ResultFuture(asyncio.Future[ResultT]):
     """A submitted record's future. Cancelling it takes the record out of the queue at once."""
 
-    lane: SubmitLane[Any, ResultT] | None = None
-    """Where the record waits; None before and after."""
+    __slots__ = ("cost", "lane")
 
-    def __init__(self, cost: float, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop=loop)
-        self.cost = cost
+    cost: float
+    lane: SubmitLane[Any, ResultT] | None
+    """Where the record waits; None before and after."""
 
     def cancel(self, msg: Any | None = None) -> bool:
         cancelled = super().cancel(msg)
@@ -60,6 +58,14 @@ class ResultFuture(asyncio.Future[ResultT]):
             lane, self.lane = self.lane, None
             lane.owner._abandon(lane, self)
         return cancelled
+
+
+def _new_future(cost: float, loop: asyncio.AbstractEventLoop) -> ResultFuture[Any]:
+    # Not an __init__: one written in Python takes longer than all that the C class does.
+    future: ResultFuture[Any] = ResultFuture(loop=loop)
+    future.cost = cost
+    future.lane = None
+    return future
 
 
 class SubmitLane(Lane[RecordT, ResultT]):
@@ -165,17 +171,20 @@ class MapLane(Lane[RecordT, ResultT]):
 class _Arrival(Generic[RecordT, ResultT]):
     """Records that wait for room in the queue, together."""
 
-    __slots__ = ("admitted", "columns", "count", "lane")
+    __slots__ = ("admitted", "costs", "lane", "records", "tickets")
 
     def __init__(
         self,
         lane: Lane[RecordT, ResultT],
-        columns: tuple[Sequence[RecordT], Sequence[float], Sequence[Any]],
+        records: list[RecordT],
+        costs: list[float],
+        tickets: list[Any],
         admitted: asyncio.Future[None],
     ) -> None:
         self.lane = lane
-        self.columns = columns
-        self.count = len(columns[0])
+        self.records = records
+        self.costs = costs
+        self.tickets = tickets
         self.admitted = admitted
 
 
@@ -366,15 +375,15 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     def _check_caller(self) -> asyncio.AbstractEventLoop:
         """The loop, if a record may be submitted now and from here."""
-        if self._state is not State.RUNNING or not self.is_running:
+        loop = asyncio.get_running_loop()
+        if self._state is not State.RUNNING or loop is not self._loop or self._task is None or self._task.done():
             self._bury_if_dead()
             if self._state is State.DIED:
                 raise self._death()
-            raise BatcherNotRunning(
-                f"{type(self).__name__} is not running: it {self._state.value}. Call start() or use 'async with'."
-            )
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
+            if self._state is not State.RUNNING:
+                raise BatcherNotRunning(
+                    f"{type(self).__name__} is not running: it {self._state.value}. Call start() or use 'async with'."
+                )
             raise self._foreign_loop()
         if asyncio.current_task(loop) is self._task:
             raise BatcherError("process_fn submits to the batcher that runs it, and would wait for itself")
@@ -404,19 +413,23 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         given = estimated_cost
         cost = self._costs.cost_of(record) if given is None else checked_cost(given, "estimated_cost")
         task = asyncio.current_task(loop)
-        lane = self._lanes.get(task) or SubmitLane(self, task)
-        future: ResultFuture[ResultT] = ResultFuture(cost, loop)
+        lane = self._lanes.get(task)
+        if lane is None:
+            lane = SubmitLane(self, task)
+        future: ResultFuture[ResultT] = _new_future(cost, loop)
         if self._has_room(1):
-            self._push(lane, (record,), (cost,), (future,))
-        else:
-            self._refuse_if_no_room(1)
-            with self._open_call():
-                try:
-                    await self._admit(lane, (record,), (cost,), (future,))
-                except BaseException:
-                    # The room may have come in the same tick as the cancellation.
-                    future.cancel()
-                    raise
+            self._push(lane, [record], [cost], [future])
+            return future
+        self._refuse_if_no_room(1)
+        self._open_calls += 1
+        try:
+            await self._admit(lane, [record], [cost], [future])
+        except BaseException:
+            # The room may have come in the same tick as the cancellation.
+            future.cancel()
+            raise
+        finally:
+            self._close_call()
         return future
 
     async def submit_batch(
@@ -434,17 +447,19 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         costs = self._costs_for(records, estimated_cost)
         self._refuse_if_no_room(len(records))
         lane = SubmitLane[RecordT, ResultT](self, None)
-        futures = [ResultFuture[ResultT](cost, loop) for cost in costs]
-        with self._open_call():
-            try:
-                for start in range(0, len(records), self._stride):
-                    part = slice(start, start + self._stride)
-                    await self._admit(lane, records[part], costs[part], futures[part])
-            except BaseException:
-                # Nobody will ever hold these futures.
-                for future in futures:
-                    future.cancel()
-                raise
+        futures: list[ResultFuture[ResultT]] = [_new_future(cost, loop) for cost in costs]
+        self._open_calls += 1
+        try:
+            for start in range(0, len(records), self._stride):
+                part = slice(start, start + self._stride)
+                await self._admit(lane, records[part], costs[part], futures[part])
+        except BaseException:
+            # Nobody will ever hold these futures.
+            for future in futures:
+                future.cancel()
+            raise
+        finally:
+            self._close_call()
         return list(futures)
 
     async def map(
@@ -472,19 +487,20 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._check_caller()
         self._refuse_if_no_room(1)
         lane = MapLane[RecordT, ResultT](refill_at=self._stride)
-        with self._open_call():
-            try:
-                await self._feed(lane, records, estimated_cost, return_exceptions)
-                lane.refill_at = -1
-                while lane.unresolved and (return_exceptions or lane.error is None):
-                    await lane.progress()
-                if lane.error is not None and not return_exceptions:
-                    raise lane.error
-                return lane.results
-            finally:
-                lane.abandoned = True
-                self._meter.abandoned += self._backlog.discard(lane)
-                self._room_was_made()
+        self._open_calls += 1
+        try:
+            await self._feed(lane, records, estimated_cost, return_exceptions)
+            lane.refill_at = -1
+            while lane.unresolved and (return_exceptions or lane.error is None):
+                await lane.progress()
+            if lane.error is not None and not return_exceptions:
+                raise lane.error
+            return lane.results
+        finally:
+            lane.abandoned = True
+            self._meter.abandoned += self._backlog.discard(lane)
+            self._room_was_made()
+            self._close_call()
 
     async def _feed(
         self,
@@ -497,7 +513,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         source = iter(records)
         start = 0
         while some := list(islice(source, self._stride)):
-            places: Sequence[int] = range(start, start + len(some))
+            places = list(range(start, start + len(some)))
             given = None if estimated_cost is None else estimated_cost[start : start + len(some)]
             start += len(some)
             lane.results += [None] * len(some)
@@ -526,7 +542,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         lane: MapLane[RecordT, ResultT],
         records: Sequence[RecordT],
         given: Sequence[float] | None,
-        places: Sequence[int],
+        places: list[int],
     ) -> tuple[list[RecordT], list[float], list[int]]:
         """What is left of the records after those whose cost cannot be had got their error as the result."""
         columns: tuple[list[RecordT], list[float], list[int]] = ([], [], [])
@@ -567,9 +583,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     async def _admit(
         self,
         lane: Lane[RecordT, ResultT],
-        records: Sequence[RecordT],
-        costs: Sequence[float],
-        tickets: Sequence[Any],
+        records: list[RecordT],
+        costs: list[float],
+        tickets: list[Any],
     ) -> None:
         """Queue records, at most `_stride`, together, first come first served.
 
@@ -583,7 +599,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         if self._has_room(len(records)):
             self._push(lane, records, costs, tickets)
             return
-        arrival = _Arrival(lane, (records, costs, tickets), asyncio.get_running_loop().create_future())
+        arrival = _Arrival(lane, records, costs, tickets, asyncio.get_running_loop().create_future())
         self._arrivals.append(arrival)
         self._wake()
         try:
@@ -596,9 +612,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     def _push(
         self,
         lane: Lane[RecordT, ResultT],
-        records: Sequence[RecordT],
-        costs: Sequence[float],
-        tickets: Sequence[Any],
+        records: list[RecordT],
+        costs: list[float],
+        tickets: list[Any],
     ) -> None:
         was_empty = not len(self._backlog)
         self._backlog.push(lane, records, costs, tickets, self._now())
@@ -618,9 +634,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         while self._arrivals:
             arrival = self._arrivals[0]
             if not arrival.admitted.done():
-                if not self._fits(arrival.count):
+                if not self._fits(len(arrival.records)):
                     break
-                self._push(arrival.lane, *arrival.columns)
+                self._push(arrival.lane, arrival.records, arrival.costs, arrival.tickets)
                 arrival.admitted.set_result(None)
             self._arrivals.popleft()
         if self._meter.phase == "assembling" and not len(self._backlog):
@@ -628,14 +644,10 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     # -- The dispatcher's waiting ------------------------------------------
 
-    @contextmanager
-    def _open_call(self) -> Iterator[None]:
-        """A call that may still queue records: `stop` lets it finish."""
-        self._open_calls += 1
-        try:
-            yield
-        finally:
-            self._open_calls -= 1
+    def _close_call(self) -> None:
+        """A call will queue no more records; `stop` waits for all of them to have said so."""
+        self._open_calls -= 1
+        if self._is_drained():
             self._wake()
 
     def _is_drained(self) -> bool:

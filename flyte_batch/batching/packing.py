@@ -31,6 +31,10 @@ _LOOK_PAST = 32
 """Lanes that a batch looks past for records small enough to fill its last gap; bounds the work a batch takes."""
 
 
+_NOTHING: list[Any] = []
+"""The columns of an empty lane, shared by all of them and never written to."""
+
+
 class Lane(Generic[RecordT, ResultT]):
     """One caller's waiting records, in order. A ticket says where a record's outcome goes; only its owner reads it.
 
@@ -40,14 +44,26 @@ class Lane(Generic[RecordT, ResultT]):
     __slots__ = ("__weakref__", "arrivals", "costs", "dropped", "records", "tickets")
 
     def __init__(self) -> None:
-        self.records: list[RecordT] = []
-        self.costs: list[float] = []
-        self.tickets: list[Any] = []
-        self.arrivals: list[float] = []
+        # Lanes of a single record are many, so the columns come with the first records and leave with the last.
+        self.records: list[RecordT] = _NOTHING
+        self.costs: list[float] = _NOTHING
+        self.tickets: list[Any] = _NOTHING
+        self.arrivals: list[float] = _NOTHING
         self.dropped: set[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.records) - len(self.dropped or ())
+
+    def extend(self, records: list[RecordT], costs: list[float], tickets: list[Any], now: float) -> None:
+        """Line up records that arrived together. The lists are the lane's from now on."""
+        if self.records:
+            self.records += records
+            self.costs += costs
+            self.tickets += tickets
+            self.arrivals += [now] * len(records)
+        else:
+            self.records, self.costs, self.tickets = records, costs, tickets
+            self.arrivals = [now] * len(records)
 
     def queued(self, tickets: Sequence[Any]) -> None:
         """These are in the backlog now."""
@@ -81,6 +97,10 @@ class Lane(Generic[RecordT, ResultT]):
     def cut(self, positions: Sequence[int]) -> tuple[list[RecordT], list[float], list[Any]]:
         """Take out the records at these positions (ascending, at least one), with their costs and tickets."""
         count = len(positions)
+        if count == len(self.records):
+            everything = self.records, self.costs, self.tickets
+            self.records = self.costs = self.tickets = self.arrivals = _NOTHING
+            return everything
         if positions[-1] == count - 1:
             cut = self.records[:count], self.costs[:count], self.tickets[:count]
             del self.records[:count], self.costs[:count], self.tickets[:count], self.arrivals[:count]
@@ -180,22 +200,22 @@ class Backlog(Generic[RecordT, ResultT]):
     def push(
         self,
         lane: Lane[RecordT, ResultT],
-        records: Sequence[RecordT],
-        costs: Sequence[float],
-        tickets: Sequence[Any],
+        records: list[RecordT],
+        costs: list[float],
+        tickets: list[Any],
         now: float,
     ) -> None:
-        """Line up a caller's records, at least one, all of the same arrival time (any monotonic clock, seconds)."""
-        lane.records += records
-        lane.costs += costs
-        lane.tickets += tickets
-        lane.arrivals += [now] * len(records)
-        lane.queued(tickets)
-        self._rotation.setdefault(lane)
+        """Line up a caller's records, at least one, all of the same arrival time (any monotonic clock, seconds).
+
+        The lists are the backlog's from now on.
+        """
         self._count += len(records)
         self._cost += sum(costs)
         if self._padded:
             self._longest = max(self._longest, *costs)
+        lane.queued(tickets)
+        lane.extend(records, costs, tickets, now)
+        self._rotation.setdefault(lane)
 
     def drop(self, lane: Lane[RecordT, ResultT], ticket: Any, cost: float) -> None:
         """Nobody waits for this record any more; it must be in the backlog."""

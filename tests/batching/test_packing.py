@@ -19,7 +19,7 @@ def fill(backlog: Backlog, *callers: list[int]) -> list[Lane]:
         lanes.append(lane)
         if costs:
             records = [(caller, place, cost) for place, cost in enumerate(costs)]
-            backlog.push(lane, records, costs, range(len(costs)), now=float(caller))
+            backlog.push(lane, records, list(costs), list(range(len(costs))), now=float(caller))
     return lanes
 
 
