@@ -14,7 +14,8 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from itertools import islice
 from types import TracebackType
@@ -108,10 +109,16 @@ class SubmitLane(Lane[RecordT, ResultT]):
 
 
 def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    try:
+    with _even_if_its_loop_is_closed(future):
         future.set_exception(as_failure(error))
+
+
+@contextmanager
+def _even_if_its_loop_is_closed(future: asyncio.Future[Any]) -> Iterator[None]:
+    """Resolve a future although whoever waited for it, on a loop that is closed, cannot be woken any more."""
+    try:
+        yield
     except RuntimeError:
-        # Whoever waited did so on a loop that is closed, and cannot be woken any more.
         if not future.get_loop().is_closed():
             raise
 
@@ -157,7 +164,8 @@ class MapLane(Lane[RecordT, ResultT]):
 
     def wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+            with _even_if_its_loop_is_closed(self.waiter):
+                self.waiter.set_result(None)
 
     async def progress(self) -> None:
         """Wait until there is room for more records, a failure, or the end."""
@@ -621,8 +629,8 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._meter.submitted += len(records)
         if was_empty and self._meter.phase == "starved":
             self._meter.enter("assembling")
-        if self._nudge is not None and (was_empty or self._is_due()):
-            self._wake()
+        if self._nudge is not None and not self._nudge.done() and (was_empty or self._is_due()):
+            self._nudge.set_result(None)
 
     def _abandon(self, lane: SubmitLane[RecordT, ResultT], future: ResultFuture[ResultT]) -> None:
         """A caller gave up on a record that waits."""

@@ -203,7 +203,10 @@ def test_the_end_of_asyncio_run_fails_what_waits_and_the_next_loop_can_start_ane
 def test_a_loop_that_is_closed_under_the_batcher_is_noticed():
     batcher = DynamicBatcher[int, Any](Device(), batch_timeout_s=NEVER_S)
     loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # it complains of tasks that never end
     loop.run_until_complete(batcher.start())
+    mapping = loop.create_task(batcher.map([1, 2]))
+    loop.run_until_complete(settle())
     future = loop.run_until_complete(batcher.submit(1))
     future.add_done_callback(print)
     loop.close()
@@ -216,6 +219,8 @@ def test_a_loop_that_is_closed_under_the_batcher_is_noticed():
 
     asyncio.run(on_another_loop())
     assert isinstance(future.exception(), BatcherDied)
+    assert batcher.stats.queued == 0
+    assert not mapping.done(), "its loop will not run it any more"
 
 
 async def test_another_loop_or_thread_gets_an_error_at_once():
