@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+
+import flyte_batch as fb
+
+
+async def test_it_costs_records_as_the_engine_does_and_keeps_the_budget() -> None:
+    engine = fb.FakeEngine(sampling=fb.SamplingParameters(max_tokens=8))
+    async with fb.EngineBatcher(engine, target_batch_tokens=30) as batcher:
+        await batcher.map([engine.prepare(fb.Prompt("two words"))] * 9)
+    assert [len(batch) for batch in engine.batches] == [3, 3, 3]
+
+
+async def test_bad_rows_are_isolated_unless_told_otherwise() -> None:
+    for options, failed in (({}, [False, True, False]), ({"isolate_failures": False}, [True, True, True])):
+        engine = fb.FakeEngine(poison=["b"])
+        async with fb.EngineBatcher(engine, **options) as batcher:
+            records = [engine.prepare(fb.Prompt(text)) for text in "abc"]
+            results = await batcher.map(records, return_exceptions=True)
+        assert [isinstance(result, Exception) for result in results] == failed
+
+
+async def test_leaving_it_answers_what_waits_and_closes_the_engine() -> None:
+    engine = fb.FakeEngine()
+    async with fb.EngineBatcher(engine) as batcher:
+        future = await batcher.submit(engine.prepare(fb.Prompt("last")))
+    assert (await future).text == "echo: last"
+    assert engine.closed
+    with pytest.raises(fb.BatcherNotRunning):
+        await batcher.submit(engine.prepare(fb.Prompt("too late")))
+
+
+async def test_a_dead_engine_ends_the_batcher_so_that_a_singleton_builds_another() -> None:
+    engines = [fb.FakeEngine(dies_after=0), fb.FakeEngine()]
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher:
+        return fb.EngineBatcher(engines.pop(0))
+
+    first = await solver()
+    with pytest.raises(fb.EngineDead):
+        await first.map([first.engine.prepare(fb.Prompt("a"))])
+    assert not first.is_running
+    second = await solver()
+    assert second.id != first.id
+    assert (await second.map([second.engine.prepare(fb.Prompt("a"))]))[0].text == "echo: a"

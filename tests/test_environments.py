@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import flyte
+import pytest
+
+import flyte_batch as fb
+from images import cpu_image, driver_image
+from workflows import generate
+
+
+def test_a_replica_environment_reuses_containers_with_the_given_device() -> None:
+    environment = fb.replica_environment(
+        "solver", image=cpu_image, gpu="A10G:1", memory="16Gi", replicas=(1, 4), concurrency=10, idle_ttl=600
+    )
+    policy = environment.reusable
+    assert policy is not None
+    assert (policy.replicas, policy.concurrency, policy.idle_ttl) == ((1, 4), 10, flyte.ReusePolicy(1, 600).idle_ttl)
+    assert environment.resources is not None
+    assert environment.resources.gpu == "A10G:1"
+    assert environment.plugin_config is None  # Flyte refuses reusable tasks with a custom configuration
+    assert fb.slots(environment) == (4, 10)
+
+
+def test_a_fixed_number_of_replicas_is_the_most_too() -> None:
+    assert fb.slots(fb.replica_environment("fixed", image=cpu_image, replicas=3, concurrency=2)) == (3, 2)
+
+
+def test_a_driver_is_no_replica_and_depends_on_them() -> None:
+    replicas = fb.replica_environment("replicas", image=cpu_image)
+    driver = fb.driver_environment("driver", image=driver_image, depends_on=[replicas])
+    assert driver.reusable is None
+    assert driver.depends_on == [replicas]
+    with pytest.raises(ValueError, match="'driver' has no ReusePolicy"):
+        fb.slots(driver)
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"replicas": (3, 2)}, {"concurrency": 0}])
+def test_numbers_that_cannot_work_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        fb.replica_environment("none", image=cpu_image, **options)  # type: ignore[arg-type]
+
+
+def test_the_workflows_tasks_sit_where_they_belong() -> None:
+    assert generate.infer_chunk.parent_env_name == "generate-replica"
+    assert generate.main.parent_env_name == "generate"
+    assert generate.driver.depends_on == [generate.replicas]
