@@ -131,7 +131,7 @@ def train(tokenizer: Tokenizer, args: argparse.Namespace) -> LlamaForCausalLM:
         for optimizer, lr in ((muon, args.muon_lr), (adam, args.adam_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * rate
-        drills = done < args.drills_first or step % 4 == 0
+        drills = done < args.drills_first or step % 3 == 0
         tokens, labels, weights = batches.next(drills)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             logits = forward(input_ids=tokens).logits
@@ -204,13 +204,13 @@ def evaluate(model: Path, tokenizer: Tokenizer, count: int, seed: int, verbose: 
 
 
 def _kind(problem: Problem) -> str:
-    return "".join(re.findall(r"(?m)^\D*\d+ ([-+*]) \d+ =", problem.answer))
+    return "".join(re.findall(r"(?m)^\D*\d+([-+*])\d+=", problem.answer))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("flyte_batch/demo/model"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)

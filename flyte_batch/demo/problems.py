@@ -12,8 +12,8 @@ What training saw and what it never saw is decided by code, not by chance (`Spli
 - *Wordings.* A hash of template, name and thing assigns a fifth of their combinations to `Split.TEST`.
 
 A test problem uses test pairs in *every* step and a test wording; a training problem uses none of either, not even in
-the intermediate sums of its working (``35 - 28 = 15 - 8 = 7`` holds the pair of ``15 - 8``). The same holds for the
-drills (bare sums) that training mixes in.
+the intermediate sums of its working (``35-28=15-8=7`` holds the pair of ``15-8``). The same holds for the
+drills (bare sums of things) that training mixes in.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def pair_split(operation: str, a: int, b: int) -> Split:
 def working(operation: str, a: int, b: int) -> tuple[str, str, int, int]:
     """How ``a operation b`` is worked out by tens and ones: (the sum as written, operation and pair of its last step).
 
-    ``27 + 38 = 50 + 15 = 65``, ``83 - 47 = 43 - 7 = 36``, ``23 * 4 = 80 + 12 = 92``; in one step where tens or ones are
-    nothing to speak of, as in ``6 + 5 = 11``, ``38 - 8 = 30``, ``20 * 4 = 80``.
+    ``27+38=50+15=65``, ``83-47=43-7=36``, ``23*4=80+12=92``; in one step where tens or ones are nothing to speak of, as
+    in ``6+5=11``, ``38-8=30``, ``20*4=80``. Written without spaces, as GSM8K's own workings often are.
     """
     if operation == _ADD:
         last, left, right = _ADD, (a - a % 10) + (b - b % 10), a % 10 + b % 10
@@ -166,8 +166,8 @@ def working(operation: str, a: int, b: int) -> tuple[str, str, int, int]:
         last, left, right = _ADD, (a - a % 10) * b, a % 10 * b
     result = last.apply(left, right)
     if not left or not right or (left, right) == (a, b):
-        return f"{a} {operation} {b} = {result}", operation, a, b
-    return f"{a} {operation} {b} = {left} {last.value} {right} = {result}", last.value, left, right
+        return f"{a}{operation}{b}={result}", operation, a, b
+    return f"{a}{operation}{b}={left}{last.value}{right}={result}", last.value, left, right
 
 
 @cache
@@ -232,11 +232,14 @@ def _draw_numbers(rng: random.Random, template: _Template, split: Split) -> dict
 
 
 def make_drill(rng: random.Random) -> Problem:
-    """A bare sum from the training split: what training starts with and mixes in."""
+    """A bare sum of some things from the training split: what training starts with and mixes in."""
+    thing = rng.choice(THINGS)
     operation = rng.choice(tuple(_Operation))
     a, b = _pick(rng, _pairs(operation, Split.TRAIN, None, False))
     result = operation.apply(a, b)
-    return Problem(f"{a} {operation.value} {b} =", f"{working(operation, a, b)[0]}\n#### {result}")
+    return Problem(
+        f"How many {thing}? {a} {operation.value} {b}", f"{working(operation, a, b)[0]} {thing}.\n#### {result}"
+    )
 
 
 def generate(count: int, seed: int, split: Split = Split.TEST) -> Iterator[Problem]:

@@ -27,11 +27,11 @@ from flyte_batch.demo.problems import (
     wording_split,
 )
 
-STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (?:(\d+) ([-+]) (\d+) = )?(\d+)")
+STEP = re.compile(r"(\d+)([-+*])(\d+)=(?:(\d+)([-+])(\d+)=)?(\d+)")
 seeds = st.integers(0, 2**32)
 PINNED = (
     '{"question": "Mia picks 73 stamps on Monday and 7 stamps on Tuesday. How many stamps is that together?", '
-    '"answer": "Both days together make 73 + 7 = 70 + 10 = 80 stamps.\\n#### 80"}'
+    '"answer": "Both days together make 73+7=70+10=80 stamps.\\n#### 80"}'
 )
 
 
@@ -115,7 +115,7 @@ def test_a_drill_is_right_and_never_from_the_test_split(seed: int) -> None:
     drill = make_drill(random.Random(seed))
     ((a, operation, b, result),) = steps(drill)
     assert computed(a, operation, b) == result
-    assert drill.question == f"{a} {operation} {b} ="
+    assert re.fullmatch(rf"How many \w+\? {a} {re.escape(operation)} {b}", drill.question)
     assert {pair_split(o, x, y) for x, o, y, _ in (*steps(drill), *sums_between(drill))} == {Split.TRAIN}
     assert is_right(drill.answer, drill.answer)
 
