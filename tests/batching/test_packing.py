@@ -138,6 +138,13 @@ def test_with_a_length_window_a_record_is_passed_over_at_most_once_for_each_one_
         backlog.push(lane, newcomers, [1] * size, [p for _, p, _ in newcomers], now=1.0)
 
 
+def test_with_a_length_window_a_caller_of_odd_records_gets_its_turn_too():
+    backlog: Backlog = Backlog(max_batch_size=4, length_window=8)
+    fill(backlog, [1] * 100, [50])
+    assert places(backlog.take(100)) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert (1, 0) in places(backlog.take(100))
+
+
 def test_dropped_records_neither_leave_nor_count():
     backlog: Backlog = Backlog(max_batch_size=10)
     (lane,) = fill(backlog, [4, 4, 4])
