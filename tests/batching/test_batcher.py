@@ -425,6 +425,25 @@ async def test_a_waiter_that_is_cancelled_leaks_no_room_and_lets_the_next_in():
     assert device.seen == [0, 2, 8, 20, 21]
 
 
+async def test_a_large_arrival_that_is_cancelled_lets_in_the_small_one_behind_it():
+    device = Device()
+    async with DynamicBatcher[int, Any](device, max_queue_size=4, max_batch_size=4, batch_timeout_s=0) as batcher:
+        device.hold()
+        blocker = await batcher.submit(0)
+        await device.at_work()
+        queued = await batcher.submit_batch([1, 2, 3])
+        large = asyncio.create_task(batcher.submit_batch([4, 5]))
+        small = asyncio.create_task(batcher.submit(6))
+        await settle()
+        assert batcher.stats.queued == 3
+        large.cancel()
+        await settle()
+        assert batcher.stats.queued == 4
+        device.release()
+        await soon(asyncio.gather(blocker, *queued, await small))
+    assert device.batches == [[0], [1, 2, 3, 6]]
+
+
 async def test_a_waiter_cancelled_in_the_tick_that_admits_it_takes_its_record_back():
     device = Device()
     async with DynamicBatcher[int, Any](device, max_queue_size=1, max_batch_size=1, batch_timeout_s=0) as batcher:

@@ -189,6 +189,18 @@ async def test_a_record_abandoned_while_its_batch_is_split_is_not_tried_again():
     assert device.seen.count(3) == 1
 
 
+async def test_a_map_cancelled_while_its_batch_is_split_is_not_tried_again():
+    device = failing_on(0)
+    async with DynamicBatcher[int, Any](device, isolate_failures=True, batch_timeout_s=0) as batcher:
+        device.hold()
+        mapping = asyncio.create_task(batcher.map(range(4)))
+        await device.at_work()
+        mapping.cancel()
+        await settle()
+        device.release()
+    assert device.batches == [[0, 1, 2, 3]]
+
+
 def fits(most: int, error: type[BaseException]) -> Device:
     def answer(records: list[int]) -> list[int]:
         if sum(records) > most:
