@@ -43,21 +43,22 @@ train-demo-model: $(VENV)/installed-train
 clean:
 	rm -rf $(VENV) $(OUT)
 
-$(BIN)/python:
+$(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "flyte_batch needs Python 3.11 or newer, and '$(PYTHON)' is not: install it, then: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no venv module: install it (Debian and Ubuntu: apt-get install python3-venv), then run make again"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
 
-$(VENV)/installed-run: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed-run: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[cpu]' || { echo "the packages could not be installed: see pip's words above; is a package index reachable?"; exit 1; }
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed-dev: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[dev]' || { echo "the packages could not be installed: see pip's words above; is a package index reachable?"; exit 1; }
 	@touch $@ $(VENV)/installed-run
 
-$(VENV)/installed-train: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/installed-train: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[cpu,train]'
 	@touch $@

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flyte_batch.engines.fake import FakeEngine as FakeEngine
     from flyte_batch.environments import driver_environment as driver_environment
     from flyte_batch.environments import replica_environment as replica_environment
+    from flyte_batch.environments import require_shared as require_shared
     from flyte_batch.environments import slots as slots
     from flyte_batch.errors import BadInput as BadInput
     from flyte_batch.errors import BadRecord as BadRecord
@@ -56,7 +57,7 @@ _HOMES = {
     "engines.base": ("Engine",),
     "engines.ctranslate2": ("CTranslate2Engine",),
     "engines.fake": ("FakeEngine",),
-    "environments": ("driver_environment", "replica_environment", "slots"),
+    "environments": ("driver_environment", "replica_environment", "require_shared", "slots"),
     "errors": (
         "BadInput", "BadRecord", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "EngineDead", "EngineOutOfMemory",
         "FlyteBatchError", "QueueFull", "TooManyFailures",

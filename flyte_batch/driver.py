@@ -16,11 +16,15 @@ from typing import TypeVar
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
 from flyte_batch.errors import BadInput, ChunkFailed, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
-from flyte_batch.planning.chunks import plan_chunk_rows
+from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+DEFAULT_MAX_FAILURE_RATE = 0.5
+FEWEST_ROWS_FOR_DEFAULT_RATE = 100
+"""Fewer rows make no rate: three rows of which two are null are no reason to call a run failed."""
 
 RunChunk = Callable[[Chunk], Awaitable[ChunkReport]]
 """Runs one chunk somewhere: a Flyte task, a coroutine function that calls one, or `infer` itself."""
@@ -68,8 +72,9 @@ async def run(
     replicas: int = 1,
     concurrency: int = 4,
     batch_rows: int = 256,
-    max_failure_rate: float = 1.0,
+    max_failure_rate: float | None = None,
     max_failed_chunks: int = 10,
+    retry_failures: bool = False,
     overwrite: bool = False,
 ) -> RunSummary:
     """Run every chunk of a source that has no part yet, then commit the output.
@@ -84,13 +89,15 @@ async def run(
         columns: the source's columns to keep; all by default.
         required_columns: columns that the prompt reads; checked before anything starts.
         limit: at most so many rows, from the start.
-        chunk_size: rows per chunk; planned by default (`plan_chunk_rows`).
+        chunk_size: rows per chunk; by default as the output was begun, or planned (`plan_chunk_rows`).
         replicas: replicas that work at once.
         concurrency: chunks that one replica takes at once.
         batch_rows: records in a full batch, for planning chunks.
-        max_failure_rate: share (0-1) of failed rows above which the run fails. Whatever its value, a run in which no
-            row at all was answered fails.
+        max_failure_rate: share (0-1) of failed rows above which the run fails; by default `DEFAULT_MAX_FAILURE_RATE`,
+            in runs of at least `FEWEST_ROWS_FOR_DEFAULT_RATE` rows. Whatever its value, a run in which no row at all
+            was answered fails.
         max_failed_chunks: chunks that may fail (after their own retries) before no more are started.
+        retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output made with other settings instead of refusing.
 
     Raises:
@@ -103,37 +110,43 @@ async def run(
 
     started = time.monotonic()
     _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit)
+    left_out = [name for name in required_columns if columns is not None and name not in columns]
+    if left_out:
+        raise BadInput(f"the prompt reads {left_out[0]!r}, which --columns leaves out: add it, or leave --columns out")
     opened = await asyncio.to_thread(open_source, source, columns=columns)
     opened.require(required_columns)
     full = {**(settings or {}), "code": code_version or fingerprint(run_chunk)}
     rows = min(opened.rows, limit or opened.rows)
-    size = chunk_size or plan_chunk_rows(rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
     target = await asyncio.to_thread(Output.open, output, full, opened, overwrite=overwrite)
+    planned = plan_chunk_rows(rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
+    size = chunk_size or (target.chunk_rows if is_sound(target.chunk_rows, rows) else None) or planned
     chunks = plan_chunks(opened, target.path, size, settings=full, limit=limit)
-    parts = await asyncio.to_thread(target.resume, chunks)
-    reused = len(parts)
-    progress = Progress(rows, done=sum(part.rows for part in parts.values()))
+    parts = await asyncio.to_thread(target.resume, chunks, chunk_rows=size, retry_failures=retry_failures)
     failures = sum(part.failures for part in parts.values())
-    most_failures = max_failure_rate * rows
+    progress = Progress(rows, done=sum(part.rows for part in parts.values()), failures=failures)
     failed: list[tuple[Chunk, Exception]] = []
     devices: list[DeviceUse] = []
-    todo = (chunk for chunk in chunks if chunk.id not in parts)
-    async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
-        async for chunk, outcome in outcomes:
-            if isinstance(outcome, Exception):
-                failed.append((chunk, outcome))
-                if len(failed) >= max_failed_chunks:
+    rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
+    if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
+        rate = 1.0
+    if failures / rows <= rate:
+        todo = (chunk for chunk in chunks if chunk.id not in parts)
+        async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
+            async for chunk, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    failed.append((chunk, outcome))
+                    if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
+                        break
+                    continue
+                failures += outcome.failures
+                devices.append(outcome.device)
+                progress.advance(outcome.rows, outcome.failures)
+                if failures / rows > rate:
                     break
-                continue
-            failures += outcome.failures
-            devices.append(outcome.device)
-            progress.advance(outcome.rows, outcome.failures)
-            if failures > most_failures:
-                break
     if failed:
         raise ChunkFailed(_describe(failed, len(chunks), output)) from failed[0][1]
-    if failures > most_failures or failures == rows:
-        raise TooManyFailures(_describe_failures(failures, rows, max_failure_rate, output))
+    if failures / rows > rate or failures == rows:
+        raise TooManyFailures(_describe_failures(failures, rows, rate, output))
     manifest = await asyncio.to_thread(target.commit, chunks)
     return RunSummary(
         rows=manifest.rows,
@@ -143,7 +156,7 @@ async def run(
         seconds=round(time.monotonic() - started, 3),
         utilization=round(utilization(devices), 4),
         chunks=len(chunks),
-        chunks_reused=reused,
+        chunks_reused=len(parts),
         output=target.path,
     )
 
@@ -202,14 +215,14 @@ def utilization(devices: Iterable[DeviceUse]) -> float:
 
 
 def _check(
-    max_failure_rate: float,
+    max_failure_rate: float | None,
     replicas: int,
     concurrency: int,
     max_failed_chunks: int,
     chunk_size: int | None,
     limit: int | None,
 ) -> None:
-    if not 0 <= max_failure_rate <= 1:
+    if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
         raise BadInput(f"max_failure_rate must be between 0 (no row may fail) and 1, got {max_failure_rate}")
     for name, value in (
         ("replicas", replicas), ("concurrency", concurrency), ("max_failed_chunks", max_failed_chunks),
@@ -220,19 +233,27 @@ def _check(
             raise BadInput(f"{name} must be at least 1, got {value}{remedy}")
 
 
+def _name(error: Exception) -> str:
+    """The class of an error; one that crossed a Flyte task's boundary carries its name as ``code``."""
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) else type(error).__name__
+
+
 def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
-    chunk, error = failed[0]
-    last = chunk.first_row + chunk.rows - 1
+    chunk, error = min(failed, key=lambda each: each[0].index)
+    rows = f"rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1}"
+    remedy = "mend that, then" if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
     return (
-        f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} (rows {chunk.first_row}-{last}): "
-        f"{type(error).__name__}: {error}. What the others wrote to {output} is kept; "
-        "run the same command again to do the rest"
+        f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}. "
+        f"What the others wrote to {output} is kept; {remedy} run the same command again to do the rest".replace(
+            "  ", " "
+        )
     )
 
 
 def _describe_failures(failures: int, rows: int, rate: float, output: str) -> str:
     allowed = f"more than max_failure_rate {rate:g} allows" if failures < rows else "no row was answered"
     return (
-        f"{failures} of {rows} rows failed so far, {allowed}; the column 'error' of the parts in {output} says why. "
-        f"Mend the source or raise max_failure_rate, then run again"
+        f"{failures} of {rows} rows failed, {allowed}; the column 'error' of the parts in {output} says why. "
+        "Mend the source, raise max_failure_rate, or try the failed rows again with retry_failures"
     )

@@ -8,12 +8,27 @@ out; it depends on the replica environments that it calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flyte
 
+import flyte_batch
+from flyte_batch.errors import BadInput
+
 DEFAULT_CONCURRENCY = 10
 DEFAULT_IDLE_TTL_S = 300
+
+_PACKAGE = Path(flyte_batch.__file__).parent
+
+
+def _include() -> tuple[str, ...]:
+    """The whole package, for Flyte's code bundle, where it is not installed but lies beside the workflow.
+
+    A bundle carries the modules that happen to be imported, and hides what the image has of the same package. Ours are
+    imported when they are first needed, so without this a replica would miss most of them.
+    """
+    return () if "site-packages" in _PACKAGE.parts else (str(_PACKAGE),)
 
 
 def replica_environment(
@@ -60,6 +75,7 @@ def replica_environment(
         reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
         env_vars=env_vars,
         secrets=secrets,
+        include=_include(),
     )
 
 
@@ -84,7 +100,11 @@ def driver_environment(
         memory: such as ``"2Gi"``; rows never pass through a driver, so it stays small.
     """
     return flyte.TaskEnvironment(
-        name=name, image=image, resources=flyte.Resources(cpu=cpu, memory=memory), depends_on=list(depends_on)
+        name=name,
+        image=image,
+        resources=flyte.Resources(cpu=cpu, memory=memory),
+        depends_on=list(depends_on),
+        include=_include(),
     )
 
 
@@ -99,3 +119,23 @@ def slots(environment: flyte.TaskEnvironment) -> tuple[int, int]:
         raise ValueError(f"environment {environment.name!r} has no ReusePolicy; make it with replica_environment()")
     most = policy.replicas[1] if isinstance(policy.replicas, tuple) else policy.replicas
     return most, policy.concurrency
+
+
+def require_shared(**paths: str) -> None:
+    """Refuse paths that the containers of a cluster do not share; in local mode everything is on one machine.
+
+    Args:
+        paths: the option's name and its path.
+
+    Raises:
+        BadInput: the run is remote and a path has no scheme such as ``s3://``.
+    """
+    context = flyte.ctx()
+    if context is None or context.mode != "remote":
+        return
+    for option, path in paths.items():
+        if "://" not in path or path.startswith("file://"):
+            raise BadInput(
+                f"--{option} {path} lies on one container's own disk: on a cluster name a path that all of them reach, "
+                "such as s3://bucket/folder"
+            )

@@ -14,13 +14,19 @@ Usable alone::
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from flyte_batch.cores import available_cores
+from flyte_batch.errors import BatcherDied, BatcherNotRunning, EngineDead
+
+GONE = (EngineDead, BatcherDied, BatcherNotRunning)
+"""Errors after which a batcher answers nothing more: no fault of the record that meets them."""
 
 ItemT = TypeVar("ItemT")
 RecordT = TypeVar("RecordT")
@@ -77,7 +83,7 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         block: int = 64,
         threads: int | None = None,
     ) -> None:
-        threads = threads if threads is not None else len(os.sched_getaffinity(0))
+        threads = threads if threads is not None else available_cores()
         for name, value in (("window", window), ("block", block), ("threads", threads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -100,33 +106,49 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         """Yield one output an item.
 
         Args:
-            items: read only as fast as the window allows; a blocking iterable blocks the loop, so make it async.
+            items: read only as fast as the window allows. A plain iterable that blocks would block the loop, so make
+                it async; an async one that pauses is not waited for: what it gave so far goes ahead.
             ordered: in the input's order; otherwise blocks come as they complete.
             errors: ``raise`` ends the run with the first failed item's error; ``yield`` gives a `Failure` in its place.
-                What ends the whole pipeline (a batcher that died, a cancellation) is raised either way.
+                What ends the whole pipeline (an engine or batcher that died, a cancellation) is raised either way.
         """
         return self._run(items, ordered, errors == "yield")
 
     async def _run(
         self, items: Iterable[ItemT] | AsyncIterable[ItemT], ordered: bool, keep: bool
     ) -> AsyncGenerator[OutT | Failure[ItemT], None]:
-        blocks: deque[asyncio.Task[list[OutT | Failure[ItemT]]]] = deque()
+        executor = ThreadPoolExecutor(self._threads, thread_name_prefix="flyte-batch-cpu")
+        under_way: deque[asyncio.Task[list[OutT | Failure[ItemT]]]] = deque()
         most = max(1, self._window // self._block)
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="flyte-batch-cpu") as executor:
+        upcoming: asyncio.Future[list[ItemT] | None] | None = None
+        exhausted = False
+        async with aclosing(_blocks(items, self._block)) as source:
             try:
-                async with aclosing(_blocks(items, self._block)) as source:
-                    async for block in source:
-                        blocks.append(asyncio.create_task(self._infer_block(block, executor)))
-                        while len(blocks) >= most:
-                            for output in _unwrap(await _next(blocks, ordered), keep):
-                                yield output
-                while blocks:
-                    for output in _unwrap(await _next(blocks, ordered), keep):
-                        yield output
+                while True:
+                    if upcoming is None and not exhausted and len(under_way) < most:
+                        upcoming = asyncio.ensure_future(anext(source, None))
+                    waiting: set[asyncio.Future[Any]] = set(islice(under_way, 1 if ordered else None))
+                    if upcoming is not None:
+                        waiting.add(upcoming)
+                    if not waiting:
+                        return
+                    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    if upcoming is not None and upcoming.done():
+                        block, upcoming = upcoming.result(), None
+                        if block is None:
+                            exhausted = True
+                        else:
+                            under_way.append(asyncio.create_task(self._infer_block(block, executor)))
+                    for task in _finished(under_way, ordered):
+                        for output in _unwrap(task.result(), keep):
+                            yield output
             finally:
-                for task in blocks:
-                    task.cancel()
-                await asyncio.gather(*blocks, return_exceptions=True)
+                # Not waiting for the threads: a `prepare` that is under way must not hold up the event loop.
+                executor.shutdown(wait=False, cancel_futures=True)
+                left: list[asyncio.Future[Any]] = [*under_way, *([] if upcoming is None else [upcoming])]
+                for future in left:
+                    future.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
 
     async def _infer_block(self, items: list[ItemT], executor: ThreadPoolExecutor) -> list[OutT | Failure[ItemT]]:
         loop = asyncio.get_running_loop()
@@ -155,6 +177,8 @@ def _finish_all(
 ) -> list[OutT | Failure[ItemT]]:
     outputs = prepared  # failures of prepare stay where they are, every other place is overwritten below
     for i, result in zip(sent, results, strict=True):
+        if isinstance(result, GONE):
+            raise result
         if isinstance(result, Exception):
             outputs[i] = Failure(items[i], result, "infer")
             continue
@@ -172,30 +196,44 @@ def _unwrap(outputs: list[OutT | Failure[ItemT]], keep: bool) -> Iterable[OutT |
         yield output
 
 
-async def _next(tasks: deque[asyncio.Task[list[Any]]], ordered: bool) -> list[Any]:
-    """The outputs of the first block, or of whichever block is done first; it leaves the deque."""
-    if not ordered:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        while tasks[0] not in done:
-            tasks.rotate(-1)
-    outputs = await tasks[0]
-    tasks.popleft()
-    return outputs
+def _finished(under_way: deque[asyncio.Task[list[Any]]], ordered: bool) -> Iterator[asyncio.Task[list[Any]]]:
+    """The blocks that may be yielded now; they leave the deque."""
+    if ordered:
+        while under_way and under_way[0].done():
+            yield under_way.popleft()
+    else:
+        done = [task for task in under_way if task.done()]
+        for task in done:
+            under_way.remove(task)
+        yield from done
 
 
 async def _blocks(items: Iterable[ItemT] | AsyncIterable[ItemT], size: int) -> AsyncGenerator[list[ItemT], None]:
-    block: list[ItemT] = []
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            block.append(item)
-            if len(block) == size:
+    if not isinstance(items, AsyncIterable):
+        iterator = iter(items)
+        while block := list(islice(iterator, size)):
+            yield block
+        return
+    source = aiter(items)
+    block = []
+    item: asyncio.Future[ItemT] | None = None
+    try:
+        while True:
+            item = asyncio.ensure_future(_next(source))
+            await asyncio.sleep(0)  # what is ready comes now
+            if block and (len(block) == size or not item.done()):
                 yield block
                 block = []
-    else:
-        for item in items:
-            block.append(item)
-            if len(block) == size:
-                yield block
-                block = []
+            try:
+                block.append(await item)
+            except StopAsyncIteration:
+                break
+    finally:
+        if item is not None:
+            item.cancel()
     if block:
         yield block
+
+
+async def _next(source: AsyncIterator[ItemT]) -> ItemT:
+    return await anext(source)

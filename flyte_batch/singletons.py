@@ -6,8 +6,9 @@ adds what a replica needs beyond that:
 
 - the load runs in an empty context, so the value does not carry the first caller's `flyte.ctx()` for ever;
 - a value that is an async context manager (every batcher is) is entered once loaded and exited when it is dropped;
-- a value that died (``is_running`` turned false) is dropped and loaded anew by the next caller;
-- when the event loop changes (a test, a second ``asyncio.run``), the old loop's values are closed, not orphaned.
+- a value that died (``is_running`` turned false) is dropped, closed, and only then loaded anew by the next caller: a
+  device never holds two;
+- every event loop has its own values; those of a loop that was closed are closed by the next call, not orphaned.
 
 A failed load is not kept: its callers get the error, the next caller tries again. Cancelling one caller leaves the
 load to the others; it stops with the last of them.
@@ -21,7 +22,7 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from async_lru import alru_cache
 
@@ -34,14 +35,12 @@ _all: list[Singleton[..., Any]] = []
 
 
 class Singleton(Generic[P, T]):
-    """An async factory whose value lives once per process and distinct arguments. Made by `singleton`."""
+    """An async factory whose value lives once per process, event loop and distinct arguments. Made by `singleton`."""
 
     def __init__(self, load: Callable[P, Awaitable[T]]) -> None:
         functools.update_wrapper(self, load)
-        self._load_value = load
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._values: dict[Hashable, T] = {}
-        self._cached = alru_cache(maxsize=None)(self._load)
+        self._load = load
+        self._loops: dict[asyncio.AbstractEventLoop, _Values[T]] = {}
         _all.append(self)
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,45 +50,85 @@ class Singleton(Generic[P, T]):
             TypeError: an argument is not hashable.
             Exception: whatever the factory raised; the next call tries again.
         """
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            stale, self._values = self._values, {}
-            self._loop = loop
-            # A fresh cache: alru_cache would notice the new loop too, but only to warn and forget the values.
-            self._cached = alru_cache(maxsize=None)(self._load)
-            for value in stale.values():
-                await _close(value)
-        value = await self._cached(*args, **kwargs)
+        values = self._here()
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            for orphan in self._loops.pop(loop).drop_all():
+                await values.close(orphan)
+        value: T = await values.cached(*args, **kwargs)
         if getattr(value, "is_running", True):
             return value
         await self.discard(value)
-        return await self._cached(*args, **kwargs)
+        renewed: T = await values.cached(*args, **kwargs)
+        return renewed
 
     async def discard(self, value: T) -> None:
         """Drop a value, for one that does not work any more, and close it; does nothing if it was dropped already."""
-        for key, known in list(self._values.items()):
-            if known is value:
-                del self._values[key]
-                args, kwargs = cast("tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]", key)
-                self._cached.cache_invalidate(*args, **dict(kwargs))
-                await _close(value)
+        values = self._here()
+        if values.drop(value):
+            await values.close(value)
 
     async def aclose(self) -> None:
-        """Close every value; the next call loads anew."""
-        values, self._values = self._values, {}
-        self._cached.cache_clear()
-        for value in values.values():
-            await _close(value)
+        """Close every value of the running event loop; the next call loads anew."""
+        values = self._here()
+        for value in values.drop_all():
+            await values.close(value)
 
-    async def _load(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        async def load() -> T:
-            value = await self._load_value(*args, **kwargs)
-            return await value.__aenter__() if isinstance(value, AbstractAsyncContextManager) else value
+    def _here(self) -> _Values[T]:
+        loop = asyncio.get_running_loop()
+        if loop not in self._loops:
+            self._loops[loop] = _Values(self._load)
+        return self._loops[loop]
 
+
+class _Values(Generic[T]):
+    """One event loop's values of a singleton."""
+
+    def __init__(self, load: Callable[..., Awaitable[T]]) -> None:
+        self._load_value = load
+        self._values: dict[Hashable, tuple[T, tuple[Any, ...], dict[str, Any]]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self.cached = alru_cache(maxsize=None)(self._load)
+
+    def drop(self, value: T) -> bool:
+        for key, (known, args, kwargs) in list(self._values.items()):
+            if known is value:
+                del self._values[key]
+                self.cached.cache_invalidate(*args, **kwargs)
+                return True
+        return False
+
+    def drop_all(self) -> list[T]:
+        values = [value for value, _, _ in self._values.values()]
+        self._values.clear()
+        self.cached.cache_clear()
+        return values
+
+    async def close(self, value: T) -> None:
+        """Close a dropped value; nothing is loaded meanwhile. A caller that is cancelled stops only its waiting."""
+        task = asyncio.get_running_loop().create_task(_close(value), context=contextvars.Context())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        await asyncio.shield(task)
+
+    async def _load(self, *args: Any, **kwargs: Any) -> T:
         # Its own task, for its context: what the value starts must not inherit the first caller's.
-        value = await asyncio.get_running_loop().create_task(load(), context=contextvars.Context())
-        self._values[(args, tuple(kwargs.items()))] = value
+        load = self._load_and_enter(*args, **kwargs)
+        value = await asyncio.get_running_loop().create_task(load, context=contextvars.Context())
+        self._values[(args, tuple(kwargs.items()))] = value, args, kwargs
         return value
+
+    async def _load_and_enter(self, *args: Any, **kwargs: Any) -> T:
+        while self._closing:
+            await asyncio.wait(self._closing)
+        value = await self._load_value(*args, **kwargs)
+        if not isinstance(value, AbstractAsyncContextManager):
+            return value
+        try:
+            entered: T = await value.__aenter__()
+        except BaseException:
+            await _close(value)
+            raise
+        return entered
 
 
 def singleton(load: Callable[P, Awaitable[T]]) -> Singleton[P, T]:
@@ -105,7 +144,7 @@ def singleton(load: Callable[P, Awaitable[T]]) -> Singleton[P, T]:
 
 
 async def close_all() -> None:
-    """Close the values of every singleton of this process: for the end of a program, and between tests."""
+    """Close the running loop's values of every singleton: for the end of a program, and between tests."""
     for each in _all:
         await each.aclose()
 

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineBatcher
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
-from flyte_batch.errors import BatcherDied, BatcherNotRunning, EngineDead
-from flyte_batch.pipeline import Failure, Pipeline
+from flyte_batch.errors import BadInput, BadRecord, EngineError
+from flyte_batch.pipeline import GONE, Failure, Pipeline
 from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
 from flyte_batch.records import Completion, Prompt
 
@@ -26,8 +27,6 @@ FinishFunction = Callable[[Row, Completion], str]
 
 Solver = Callable[[], Awaitable[EngineBatcher[Any, Completion]]]
 """Gives the process's engine and batcher."""
-
-_GONE = (EngineDead, BatcherDied, BatcherNotRunning)
 
 
 async def infer(
@@ -49,25 +48,30 @@ async def infer(
         Counts of the chunk, and what its replica's device did meanwhile.
 
     Raises:
-        BadInput: the source changed since the run was planned.
+        BadInput: the source changed since the run was planned, or lacks a column that the prompt reads.
+        EngineError: the engine failed every row; nothing was written, so that a retry can do better.
         EngineDead: the engine died twice; let another replica try.
     """
     from flyte_batch.data.parts import write_part
 
-    started = time.monotonic()
+    started, started_at = time.monotonic(), time.time()
     table = await asyncio.to_thread(read_chunk, chunk)
-    columns = prompt_columns(prompt) if finish is None else None
-    values = (table if columns is None else table.select(list(columns))).to_pydict()
+    columns = prompt_columns(prompt)
+    missing = [column for column in columns or () if column not in table.column_names]
+    if missing:
+        raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
+    values = (table if columns is None or finish else table.select(list(columns))).to_pydict()
     task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows)
     batcher = await solver()
-    use = _DeviceWatch(batcher)
+    use = _DeviceWatch(batcher, started_at)
     try:
         await task.run(batcher)
-    except _GONE as error:
+    except GONE as error:
         logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, table.num_rows)
         batcher = await solver()  # a singleton drops what is not running any more
-        use = _DeviceWatch(batcher)
+        use = _DeviceWatch(batcher, time.time())
         await task.run(batcher)
+    task.check_engine()
     info = await asyncio.to_thread(write_part, chunk, table, task.answered())
     return ChunkReport(
         chunk_id=chunk.id,
@@ -91,6 +95,8 @@ class _Task:
     finish: FinishFunction | None
     results: list[Completion | Exception | None]
 
+    engine_errors: list[Exception] = field(default_factory=list)  # of rows that the engine, not their content, failed
+
     @property
     def left(self) -> int:
         return sum(result is None for result in self.results)
@@ -98,6 +104,19 @@ class _Task:
     def answered(self) -> list[Completion | Exception]:
         """The results, all of which are there."""
         return [result for result in self.results if result is not None]
+
+    def check_engine(self) -> None:
+        """Tell poison rows from an engine that answers nothing: a failure in the output would stay there for ever.
+
+        Raises:
+            EngineError: of several rows that reached the engine not one was answered, and not for want of good records.
+        """
+        errors = self.engine_errors
+        if len(errors) > 1 and not any(isinstance(result, Completion) for result in self.results):
+            raise EngineError(
+                f"the engine answered none of {len(errors)} rows; "
+                f"the first error is {type(errors[0]).__name__}: {errors[0]}"
+            ) from errors[0]
 
     async def run(self, batcher: EngineBatcher[Any, Completion]) -> None:
         """Fill the places of ``results`` that are None.
@@ -113,16 +132,21 @@ class _Task:
         def finish(index: int, completion: Completion) -> tuple[int, Completion]:
             if self.finish is None:
                 return index, completion
-            return index, replace(completion, text=self.finish(self._row(index), completion))
+            text = self.finish(self._row(index), completion)
+            if not isinstance(text, str):
+                raise TypeError(f"finish returned {type(text).__name__}, not a text")
+            return index, replace(completion, text=text)
 
         todo = [index for index, result in enumerate(self.results) if result is None]
-        async for output in Pipeline(prepare, batcher, finish).run(todo, ordered=False, errors="yield"):
-            if not isinstance(output, Failure):
-                index, self.results[index] = output
-            elif isinstance(output.error, _GONE):
-                raise output.error
-            else:
-                self.results[output.item] = output.error
+        pipeline = Pipeline(prepare, batcher, finish)
+        async with aclosing(pipeline.run(todo, ordered=False, errors="yield")) as outputs:
+            async for output in outputs:
+                if isinstance(output, Failure):
+                    self.results[output.item] = output.error
+                    if output.stage == "infer" and not isinstance(output.error, BadRecord):
+                        self.engine_errors.append(output.error)
+                else:
+                    index, self.results[index] = output
 
     def _row(self, index: int) -> Row:
         return {column: values[index] for column, values in self.values.items()}
@@ -131,10 +155,10 @@ class _Task:
 class _DeviceWatch:
     """What a replica's device did between two moments, from its batcher's own clock."""
 
-    def __init__(self, batcher: EngineBatcher[Any, Completion]) -> None:
+    def __init__(self, batcher: EngineBatcher[Any, Completion], since: float) -> None:
         self._batcher = batcher
         self._busy = batcher.stats.busy_time_s
-        self._from = time.time()
+        self._from = since
 
     def until_now(self) -> DeviceUse:
         stats = self._batcher.stats

@@ -152,7 +152,7 @@ async def test_a_run_without_a_single_answer_fails_whatever_rate_is_allowed(tmp_
         ({"max_failure_rate": 1.5}, "max_failure_rate must be between"),
         ({"required_columns": ["questoin"]}, "has no column 'questoin' .did you mean 'question'"),
         ({"columns": ["nope"]}, "has no column 'nope'"),
-        ({"columns": ["id"], "required_columns": ["question"]}, "has no column 'question'"),
+        ({"columns": ["id"], "required_columns": ["question"]}, "which --columns leaves out: add it"),
     ],
 )
 async def test_options_that_cannot_work_are_refused_before_a_chunk_starts(
@@ -162,6 +162,66 @@ async def test_options_that_cannot_work_are_refused_before_a_chunk_starts(
     with pytest.raises(fb.BadInput, match=message):
         await go(questions(tmp_path / "in.jsonl", 3), tmp_path / "out", worker, **options)
     assert worker.chunks == []
+
+
+async def test_29_of_100_failed_rows_are_not_more_than_a_rate_of_0_29(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"question": None if i < 29 else "x"} for i in range(100)])
+    assert (await go(source, tmp_path / "out", Worker(), max_failure_rate=0.29)).failures == 29
+
+
+async def test_a_resumed_run_that_is_over_its_rate_starts_no_chunk(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"question": None if i < 10 else "x"} for i in range(100)])
+    with pytest.raises(fb.TooManyFailures):
+        await go(source, tmp_path / "out", Worker(), chunk_size=10, concurrency=1, max_failure_rate=0.05)
+    again = Worker()
+    with pytest.raises(fb.TooManyFailures):
+        await go(source, tmp_path / "out", again, chunk_size=10, max_failure_rate=0.05)
+    assert again.chunks == []
+
+
+async def test_by_default_more_than_half_of_many_rows_may_not_fail_but_of_a_few_they_may(tmp_path: Path) -> None:
+    for rows, fails in ((102, True), (9, False)):
+        source = write_jsonl(tmp_path / f"{rows}.jsonl", [{"question": None if i % 3 else "x"} for i in range(rows)])
+        if fails:
+            with pytest.raises(fb.TooManyFailures, match=r"max_failure_rate 0\.5"):
+                await go(source, tmp_path / f"out-{rows}", Worker())
+        else:
+            assert (await go(source, tmp_path / f"out-{rows}", Worker())).failures == 6
+
+
+async def test_chunks_with_failed_rows_are_done_again_when_asked_for(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 30), tmp_path / "out"
+    flawed = Worker(fb.FakeEngine(fail_on=["question 12"]))
+    assert (await go(source, out, flawed, chunk_size=10)).failures == 1
+    kept, mended = Worker(), Worker()
+    assert (await go(source, out, kept, chunk_size=10)).failures == 1
+    assert kept.chunks == []
+    assert (await go(source, out, mended, chunk_size=10, retry_failures=True)).failures == 0
+    assert [chunk.index for chunk in mended.chunks] == [1]
+    assert fb.read_output(str(out))["error"].to_pylist() == [None] * 30
+
+
+async def test_an_output_is_cut_as_it_was_begun(tmp_path: Path) -> None:
+    source, again = questions(tmp_path / "in.jsonl", 40), Worker()
+    await go(source, tmp_path / "out", Worker(), chunk_size=7)
+    summary = await go(source, tmp_path / "out", again, replicas=3, concurrency=9, batch_rows=64)
+    assert (again.chunks, summary.chunks_reused) == ([], 6)
+
+
+async def test_bad_input_in_a_worker_stops_the_run_at_once_and_no_re_run_is_advised_for_it_alone(
+    tmp_path: Path,
+) -> None:
+    worker = Worker(prompt="{questoin}")
+    with pytest.raises(fb.ChunkFailed, match=r"BadInput: the prompt reads column 'questoin'.*mend that, then"):
+        await go(questions(tmp_path / "in.jsonl", 50), tmp_path / "out", worker, chunk_size=1, concurrency=1)
+    assert len(worker.chunks) == 1
+
+
+async def test_the_error_names_the_first_chunk_of_those_that_failed(tmp_path: Path) -> None:
+    worker = Worker()
+    worker.fail = {3, 1}
+    with pytest.raises(fb.ChunkFailed, match="2 of 5 chunks failed; first: chunk 1 "):
+        await go(questions(tmp_path / "in.jsonl", 5), tmp_path / "out", worker, chunk_size=1)
 
 
 async def test_two_drivers_at_once_leave_every_row_exactly_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import flyte_batch as fb
@@ -45,3 +47,39 @@ async def test_a_dead_engine_ends_the_batcher_so_that_a_singleton_builds_another
     second = await solver()
     assert second.id != first.id
     assert (await second.map([second.engine.prepare(fb.Prompt("a"))]))[0].text == "echo: a"
+
+
+async def test_giving_up_on_closing_it_leaves_the_engine_to_the_records_it_took() -> None:
+    gate = asyncio.Event()
+
+    async def answer(text: str) -> str:
+        await gate.wait()
+        return text
+
+    engine = fb.FakeEngine(answer)
+    batcher = await fb.EngineBatcher(engine, max_batch_size=1).__aenter__()
+    futures = await batcher.submit_batch([engine.prepare(fb.Prompt(text)) for text in "ab"])
+    closing = asyncio.create_task(batcher.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    gate.set()
+    assert [(await future).text for future in futures] == ["a", "b"]
+    await batcher.aclose()
+    assert engine.closed
+
+
+def test_a_program_that_ends_without_closing_it_says_nothing_if_nothing_was_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher:
+        return fb.EngineBatcher(fb.FakeEngine())
+
+    async def main() -> None:
+        batcher = await solver()
+        await batcher.map([batcher.engine.prepare(fb.Prompt("a"))])
+
+    asyncio.run(main())
+    assert caplog.text == ""

@@ -8,24 +8,54 @@ from pathlib import Path
 from typing import Any
 
 import flyte
+import pytest
 
 from flyte_batch.fingerprint import fingerprint
 
 BASE = """
-from functools import lru_cache
+import re
+from functools import lru_cache, wraps
+import flyte_batch as fb
 TEMPLATE = "{question}"
+PROMPT = fb.PromptTemplate("{question}", system="be brief")
+SAMPLING = fb.SamplingParameters(max_tokens=5)
+PATTERN = re.compile("a+")
+STOPS = ["x", "y"]
+TABLE = {"one": {1, 2}}
 def helper(x):
     return x + 1
-class Rule:
+class Base:
+    def inherited(self):
+        return 10
+class Rule(Base):
     limit = 3
+    names = ["n"]
+    def __init__(self, factor=7):
+        self.factor = factor
     def apply(self, x):
         return x * 2
+    @property
+    def doubled(self):
+        return 20
+    @classmethod
+    def made(cls):
+        return 30
+RULE = Rule(8)
+def twice(fn):
+    @wraps(fn)
+    def wrapper(*args):
+        return fn(*args), 40
+    return wrapper
 @lru_cache
 def cached(x):
     return helper(x)
+@twice
+def decorated(x):
+    return x - 50
 def ask(row, k=1):
+    "A docstring."
     # a comment
-    return TEMPLATE, [helper(x) for x in row], Rule().apply(k), cached(k)
+    return TEMPLATE, PROMPT, SAMPLING, PATTERN, STOPS, TABLE, [helper(x) for x in row], RULE, cached(k), decorated(k)
 """
 
 
@@ -35,17 +65,45 @@ def load(text: str) -> Callable[..., Any]:
     return names["ask"]
 
 
-def test_a_comment_or_a_blank_line_changes_nothing() -> None:
-    assert fingerprint(load(BASE)) == fingerprint(load(BASE.replace("    # a comment\n", "\n\n    # other\n")))
+def test_a_comment_a_docstring_or_a_blank_line_changes_nothing() -> None:
+    changed = BASE.replace("    # a comment\n", "\n\n    # other\n").replace("A docstring.", "Another one.")
+    assert fingerprint(load(BASE)) == fingerprint(load(changed))
 
 
-def test_a_changed_body_constant_helper_class_default_or_decorated_function_changes_it() -> None:
-    base = fingerprint(load(BASE))
-    for old, new in [
-        ("{question}", "{other}"), ("x + 1", "x + 2"), ("limit = 3", "limit = 4"), ("x * 2", "x * 3"), ("k=1", "k=2"),
-        ("return helper(x)", "return helper(x) - 1"), ("Rule().apply(k)", "Rule().apply(2)"),
-    ]:  # fmt: skip
-        assert fingerprint(load(BASE.replace(old, new))) != base, (old, new)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('TEMPLATE = "{question}"', 'TEMPLATE = "{other}"'), ("be brief", "be long"), ("max_tokens=5", "max_tokens=6"),
+        ('"a+"', '"b+"'), ('["x", "y"]', '["x"]'), ("{1, 2}", "{1, 3}"), ("x + 1", "x + 2"), ("return 10", "return 11"),
+        ("limit = 3", "limit = 4"), ('["n"]', '["m"]'), ("factor=7", "factor=6"), ("x * 2", "x * 3"),
+        ("return 20", "return 21"), ("return 30", "return 31"), ("Rule(8)", "Rule(9)"), (", 40", ", 41"),
+        ("return helper(x)", "return helper(x) - 1"), ("x - 50", "x - 51"), ("k=1", "k=2"), ("cached(k)", "cached(0)"),
+    ],
+)  # fmt: skip
+def test_whatever_a_function_uses_of_its_module_counts(old: str, new: str) -> None:
+    assert BASE.count(old) == 1
+    assert fingerprint(load(BASE)) != fingerprint(load(BASE.replace(old, new)))
+
+
+def test_a_callable_object_and_a_bound_method_count_with_their_state() -> None:
+    class Ask:
+        def __init__(self, prompt: str) -> None:
+            self.prompt = prompt
+
+        def __call__(self) -> str:
+            return self.prompt
+
+    assert fingerprint(Ask("a")) == fingerprint(Ask("a")) != fingerprint(Ask("b"))
+    assert fingerprint(Ask("a").__call__) != fingerprint(Ask("b").__call__)
+
+
+def test_a_variable_that_is_assigned_later_does_no_harm() -> None:
+    def ask() -> str:
+        return later
+
+    assert fingerprint(ask)
+    later = "now"
+    assert ask() == "now"
 
 
 def test_closures_and_partials_count() -> None:
@@ -70,7 +128,8 @@ def test_a_flyte_task_is_what_it_wraps() -> None:
 def test_another_process_gives_the_same() -> None:
     program = (
         "import importlib, sys; from flyte_batch.fingerprint import fingerprint;"
-        "print(fingerprint(importlib.import_module('workflows.generate').infer_chunk))"
+        "print(fingerprint(importlib.import_module('workflows.generate').infer_chunk));"
+        "print(fingerprint(lambda row, stops={'a', 'b', 'c'}, *, also=frozenset('xyz'): row))"
     )
     root = Path(__file__).parent.parent
     runs = {

@@ -168,3 +168,77 @@ async def test_a_value_that_fails_to_close_does_not_keep_the_next_one_from_loadi
     dead.is_running = False
     assert await resource() is not dead
     assert "device busy" in caplog.text
+
+
+async def test_a_device_never_holds_two_values_while_a_dead_one_is_being_closed() -> None:
+    closing, may_close = asyncio.Event(), asyncio.Event()
+    alive: list[Resource] = []
+    most = 0
+
+    class Slow(Resource):
+        async def __aenter__(self) -> Resource:
+            nonlocal most
+            alive.append(self)
+            most = max(most, len(alive))
+            return await super().__aenter__()
+
+        async def __aexit__(self, *_: object) -> None:
+            closing.set()
+            await may_close.wait()
+            alive.remove(self)
+
+    @fb.singleton
+    async def resource() -> Resource:
+        return Slow()
+
+    dead = await resource()
+    dead.is_running = False
+    first = asyncio.create_task(resource())
+    await closing.wait()
+    second = asyncio.create_task(resource())
+    await asyncio.sleep(0)
+    may_close.set()
+    assert await first is await second is not dead
+    assert most == 1
+
+
+async def test_a_value_whose_entering_was_cancelled_is_closed() -> None:
+    entering, closed = asyncio.Event(), asyncio.Event()
+
+    class Slow(Resource):
+        async def __aenter__(self) -> Resource:
+            entering.set()
+            await asyncio.Event().wait()
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            closed.set()
+
+    @fb.singleton
+    async def resource() -> Resource:
+        return Slow()
+
+    caller = asyncio.create_task(resource())
+    await entering.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    await closed.wait()
+
+
+def test_two_event_loops_that_live_at_the_same_time_keep_their_own_values() -> None:
+    @fb.singleton
+    async def resource() -> Resource:
+        return Resource()
+
+    one, two = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        first, second = one.run_until_complete(resource()), two.run_until_complete(resource())
+        assert first is not second
+        assert one.run_until_complete(resource()) is first
+        assert (first.exited, second.exited) == (0, 0)
+    finally:
+        one.close()
+        two.close()
+    asyncio.run(resource())
+    assert (first.exited, second.exited) == (1, 1)

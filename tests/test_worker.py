@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flyte_batch.data.chunks import plan_chunks
 from flyte_batch.data.parts import read_part_info
 from flyte_batch.data.sources import open_source
 from flyte_batch.data.storage import locate
+from flyte_batch.errors import EngineError
 from tests.helpers import questions, write_jsonl
 
 
@@ -98,6 +100,48 @@ async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_
     with pytest.raises((fb.EngineDead, fb.BatcherDied)):
         await fb.infer(chunk, solver_of(fb.FakeEngine(dies_after=0), fb.FakeEngine(dies_after=0)), prompt="{question}")
     assert read_part_info(locate(chunk.output).child(chunk.part)) is None
+
+
+async def test_an_engine_that_answers_nothing_fails_the_chunk_instead_of_writing_failures_for_ever(
+    tmp_path: Path,
+) -> None:
+    def broken(text: str) -> str:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 10))
+    with pytest.raises(EngineError, match="answered none of 10 rows; the first error is RuntimeError: CUDA error"):
+        await fb.infer(chunk, solver_of(fb.FakeEngine(broken)), prompt="{question}")
+    assert read_part_info(locate(chunk.output).child(chunk.part)) is None
+
+
+async def test_a_prompt_that_reads_a_column_that_is_not_there_is_bad_input_before_the_engine_starts(
+    tmp_path: Path,
+) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
+    with pytest.raises(fb.BadInput, match="reads column 'questoin'; the source has id, question"):
+        await fb.infer(chunk, solver_of(), prompt="{questoin}")  # there is no engine to start
+
+
+async def test_a_finish_that_returns_no_text_fails_its_row_only(tmp_path: Path) -> None:
+    def finish(row: Any, completion: fb.Completion) -> Any:
+        return completion.text if row["id"] else 7
+
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
+    await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", finish=finish)
+    assert [row["error"] for row in rows_of(chunk)] == ["TypeError: finish returned int, not a text", None]
+
+
+async def test_loading_the_engine_counts_as_time_in_which_the_device_was_not_busy(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
+    loading: list[float] = []
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        loading.append(time.time())
+        return fb.EngineBatcher(fb.FakeEngine(), batch_timeout_s=0.001)
+
+    report = await fb.infer(chunk, solver, prompt="{question}")
+    assert report.device.start <= loading[0]
 
 
 async def test_chunks_at_the_same_time_share_one_engine_and_its_batches(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def train(tokenizer: Tokenizer, args: argparse.Namespace) -> LlamaForCausalLM:
-    model = build_model(tokenizer)
+    model = LlamaForCausalLM.from_pretrained(args.initial).float() if args.initial else build_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
@@ -217,13 +217,14 @@ def main() -> int:
     parser.add_argument("--drills-first", type=float, default=0.1, help="share of the steps that sees only bare sums")
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--required", type=float, default=0.99, help="least share of exact held-out answers")
+    parser.add_argument("--initial", type=Path, help="folder with a model (the hf files) to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(2)
-    tokenizer = train_tokenizer()
+    tokenizer = Tokenizer.from_file(str(args.initial / "tokenizer.json")) if args.initial else train_tokenizer()
     model = train(tokenizer, args)
     with tempfile.TemporaryDirectory() as folder:
         write(model, tokenizer, Path(folder))

@@ -9,17 +9,18 @@ of your Flyte configuration, with paths that its containers can reach.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import flyte_batch as fb
 from flyte_batch.engines import EngineChoice, choose_engine, start_engine
 from flyte_batch.fingerprint import fingerprint
-from images import cpu_image, driver_image
+from images import cpu_image
 
 replicas = fb.replica_environment(
     "generate-replica", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
 )
-driver = fb.driver_environment("generate", image=driver_image, depends_on=[replicas])
+driver = fb.driver_environment("generate", image=cpu_image, depends_on=[replicas])
 
 BATCH_ROWS = 256
 
@@ -48,7 +49,11 @@ class Job:
 @fb.singleton
 async def solver(choice: EngineChoice, sampling: fb.SamplingParameters) -> fb.EngineBatcher:
     """The process's engine for a model, shared by all chunks that a replica works on."""
-    return fb.EngineBatcher(await start_engine(choice, sampling), max_batch_size=BATCH_ROWS)
+    engine = await start_engine(choice, sampling)
+    # The engine cuts a batch to what its device takes at once; the budget only keeps very long prompts apart.
+    return fb.EngineBatcher(
+        engine, max_batch_size=BATCH_ROWS, target_batch_tokens=BATCH_ROWS * (sampling.max_tokens + 512)
+    )
 
 
 @replicas.task(retries=2)
@@ -72,7 +77,8 @@ async def main(
     max_tokens: int = 256,
     temperature: float = 0.0,
     limit: int | None = None,
-    max_failure_rate: float = 1.0,
+    max_failure_rate: float | None = None,
+    retry_failures: bool = False,
     overwrite: bool = False,
 ) -> fb.RunSummary:
     """Answer every row of a dataset.
@@ -90,13 +96,16 @@ async def main(
         max_tokens: most tokens of a response.
         temperature: 0 is deterministic.
         limit: only the first so many rows.
-        max_failure_rate: share (0-1) of failed rows above which the run fails.
+        max_failure_rate: share (0-1) of failed rows above which the run fails; half of them when left out, in runs of
+            at least 100 rows.
+        retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output that was made with another model, prompt or parameter.
 
     Returns:
         Rows, failures, tokens, seconds, utilization and the output's path.
     """
-    choice = choose_engine(engine, model)
+    fb.require_shared(source=source, output=output)
+    choice = await asyncio.to_thread(choose_engine, engine, model)
     template = fb.PromptTemplate(prompt_template) if prompt_template else fb.PromptTemplate.for_column(prompt_column)
     job = Job(
         choice, fb.SamplingParameters(max_tokens=max_tokens, temperature=temperature), template.text, system_prompt
@@ -120,5 +129,6 @@ async def main(
         concurrency=concurrency,
         batch_rows=BATCH_ROWS,
         max_failure_rate=max_failure_rate,
+        retry_failures=retry_failures,
         overwrite=overwrite,
     )

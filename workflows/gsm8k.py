@@ -20,10 +20,10 @@ import flyte_batch as fb
 from flyte_batch.data.sources import open_source
 from flyte_batch.demo.problems import is_right
 from flyte_batch.engines import EngineChoice, choose_engine, start_engine
-from images import cpu_image, driver_image
+from images import cpu_image
 
 replicas = fb.replica_environment("gsm8k-replica", image=cpu_image, cpu=2, memory="4Gi", replicas=2, concurrency=10)
-driver = fb.driver_environment("gsm8k", image=driver_image, depends_on=[replicas])
+driver = fb.driver_environment("gsm8k", image=cpu_image, depends_on=[replicas])
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +35,19 @@ async def solver(choice: EngineChoice, max_tokens: int) -> fb.EngineBatcher:
 
 
 @replicas.task(retries=2)
-async def infer_batch(questions: list[str], choice: EngineChoice, max_tokens: int) -> list[str | None]:
-    """Answer some questions, in order; None where one got no answer (the log says why)."""
+async def infer_batch(questions: list[str], choice: EngineChoice, max_tokens: int) -> list[str]:
+    """Answer some questions, in order; an empty text where one got no answer (the log says why)."""
     batcher = await solver(choice, max_tokens)
 
     def prepare(question: str) -> object:
         return batcher.engine.prepare(fb.Prompt(question))
 
     pipeline = fb.Pipeline(prepare, batcher, finish=lambda _, completion: completion.text)
-    answers: list[str | None] = []
+    answers: list[str] = []
     async for answer in pipeline.run(questions, errors="yield"):
         if isinstance(answer, fb.Failure):
             logger.warning("no answer to %r: %s", answer.item, answer)
-            answers.append(None)
+            answers.append("")
         else:
             answers.append(answer)
     logger.info("utilization %.1f%%", 100 * batcher.stats.utilization)
@@ -62,7 +62,7 @@ async def main(
     model: str = "demo",
     engine: str = "auto",
     max_tokens: int = 256,
-) -> tuple[dict[str, list[str | None]], float]:
+) -> tuple[dict[str, list[str]], float]:
     """Answer questions of GSM8K's test set and score the answers.
 
     Args:
@@ -79,7 +79,7 @@ async def main(
     for name, value in (("num_questions", num_questions), ("chunk_size", chunk_size)):
         if value < 1:
             raise fb.BadInput(f"{name} must be at least 1, got {value}")
-    choice = choose_engine(engine, model)
+    choice = await asyncio.to_thread(choose_engine, engine, model)
     rows = await asyncio.to_thread(_read, source, num_questions)
     chunks = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
     answered = await asyncio.gather(*(infer_batch([q for q, _ in chunk], choice, max_tokens) for chunk in chunks))
@@ -88,7 +88,7 @@ async def main(
         for chunk, answers in zip(chunks, answered, strict=True)
         for (_, truth), answer in zip(chunk, answers, strict=True)
     )
-    failed = sum(answer is None for answers in answered for answer in answers)
+    failed = sum(not answer for answers in answered for answer in answers)
     accuracy = right / len(rows)
     print(f"{len(rows):,} questions in {len(chunks)} chunks, {failed} failed, {right} right: accuracy {accuracy:.1%}")
     return {f"chunk-{index:04d}": answers for index, answers in enumerate(answered)}, accuracy

@@ -1,46 +1,46 @@
-"""The same job on a schedule: every night at two, the day's questions in, a dated folder of answers out.
+"""The same job on a schedule: every night at two, the last day's questions in, a dated folder of answers out.
 
     flyte deploy workflows/nightly.py driver          # puts it on the schedule
-    flyte run --local workflows/nightly.py main --day 2026-01-31 --source 'in/{day}.jsonl' --output 'out/{day}'
+    flyte run --local workflows/nightly.py main --trigger_time 2026-02-01 --source 'in/{day}.jsonl' --output 'out/{day}'
 
-A night that failed half-way is finished by running it again for its day.
+A night that failed half-way is finished by running it again with its time.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import flyte
 
 import flyte_batch as fb
-from images import driver_image
+from images import cpu_image
 from workflows import generate
 
-driver = fb.driver_environment("nightly", image=driver_image, depends_on=[generate.driver])
+driver = fb.driver_environment("nightly", image=cpu_image, depends_on=[generate.driver])
 
-every_night = flyte.Trigger("every-night", flyte.Cron("0 2 * * *"), inputs={"day": flyte.TriggerTime})
+every_night = flyte.Trigger("every-night", flyte.Cron("0 2 * * *"), inputs={"trigger_time": flyte.TriggerTime})
 
 
 @driver.task(triggers=every_night)
 async def main(
-    day: datetime,
+    trigger_time: datetime,
     source: str = "s3://my-bucket/questions/{day}.jsonl",
     output: str = "s3://my-bucket/answers/{day}",
     model: str = "demo",
     engine: str = "auto",
     max_failure_rate: float = 0.01,
 ) -> fb.RunSummary:
-    """Answer one day's questions.
+    """Answer the questions of the day before.
 
     Args:
-        day: the trigger's time, or any day to run by hand.
-        source: where that day's questions are; {day} becomes YYYY-MM-DD.
-        output: the folder for that day's answers; {day} likewise.
+        trigger_time: when the trigger fired, or a time given by hand.
+        source: where the questions are; {day} becomes the day before trigger_time, as YYYY-MM-DD.
+        output: the folder for the answers; {day} likewise.
         model: "demo", a folder, or a Hugging Face id.
         engine: "auto", "ctranslate2" or "fake".
         max_failure_rate: share (0-1) of failed rows above which the night counts as failed.
     """
-    date = f"{day:%Y-%m-%d}"
+    date = f"{trigger_time - timedelta(days=1):%Y-%m-%d}"
     return await generate.main(
         source=source.replace("{day}", date),
         output=output.replace("{day}", date),

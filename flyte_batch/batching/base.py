@@ -354,7 +354,10 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         """Fail everything that waits, with a typed error and the cause."""
         self._state = State.DIED
         self._cause_of_death = cause
-        logger.error("%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
+        # A program that ends cancels every task of its loop: with nothing waiting, nobody has lost anything by it.
+        lost = self._on_device or self._arrivals or len(self._backlog) or not isinstance(cause, asyncio.CancelledError)
+        level = logging.ERROR if lost else logging.DEBUG
+        logger.log(level, "%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
         self._meter.enter("off")
         self._meter.running = 0
         for batch in (*self._on_device, self._backlog.take_all()):

@@ -34,11 +34,9 @@ class EngineBatcher(TokenBatcher[RecordT, ResultT]):
         self.id = uuid.uuid4().hex[:12]
 
     async def aclose(self) -> None:
-        """Answer what is queued, then close the engine."""
-        try:
-            await self.stop()
-        finally:
-            await self.engine.aclose()
+        """Answer what is queued, then close the engine. Cancelled, it stops waiting and leaves the engine at work."""
+        await self.stop()
+        await self.engine.aclose()
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None

@@ -48,13 +48,17 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What ``_run.json`` says: the source and the settings that the folder's parts are made from."""
+    """What ``_run.json`` says: the source and the settings that the folder's parts are made from, and how it is cut.
+
+    ``chunk_rows`` is for the next run: cut otherwise, it could reuse nothing. None before the first plan.
+    """
 
     settings: Mapping[str, object]
     source: SourceRecord
+    chunk_rows: int | None = None
 
     def to_json(self) -> bytes:
-        return _dump({"settings": self.settings, "source": asdict(self.source)})
+        return _dump({"settings": self.settings, "source": asdict(self.source), "chunk_rows": self.chunk_rows})
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ def read_run(folder: Location) -> RunRecord | None:
     if content is None:
         return None
     try:
-        return RunRecord(_settings(content), _source(content))
+        rows = content.get("chunk_rows")
+        return RunRecord(_settings(content), _source(content), rows if isinstance(rows, int) else None)
     except (KeyError, TypeError) as error:
         raise _unreadable(location, error) from error
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,7 +86,6 @@ class Output:
         if previous is None:
             finished = manifests.read_manifest(location)
             previous = RunRecord(finished.settings, finished.source) if finished else None
-        output = cls(location, source, run)
         changed = manifests.differences(previous, run) if previous else []
         if changed and not overwrite:
             raise BadInput(
@@ -95,10 +94,17 @@ class Output:
             )
         if changed:
             # Before the new record is there: a manifest must never stand beside the record of another run.
-            output._withdraw_manifest()
+            storage.delete(location.child(MANIFEST_FILE))
+        elif previous is not None:
+            run = replace(run, chunk_rows=previous.chunk_rows)
         if previous != run:
             storage.write_atomically(location.child(RUN_FILE), run.to_json())
-        return output
+        return cls(location, source, run)
+
+    @property
+    def chunk_rows(self) -> int | None:
+        """Rows per chunk that the folder was begun with; None for a new run. Cut otherwise, nothing can be reused."""
+        return self.run.chunk_rows
 
     @property
     def path(self) -> str:
@@ -118,9 +124,22 @@ class Output:
             infos = list(threads.map(lambda chunk: read_part_info(self.location.child(chunk.part), chunk), present))
         return {info.chunk_id: info for info in infos if info is not None}
 
-    def resume(self, chunks: Sequence[Chunk]) -> dict[str, PartInfo]:
-        """Begins the work on a plan: as `finished`, and takes back a manifest that this plan makes untrue."""
+    def resume(
+        self, chunks: Sequence[Chunk], *, chunk_rows: int | None = None, retry_failures: bool = False
+    ) -> dict[str, PartInfo]:
+        """Begins the work on a plan: as `finished`, and takes back a manifest that this plan makes untrue.
+
+        Args:
+            chunks: the plan.
+            chunk_rows: the size that it was made with, for the next run to find.
+            retry_failures: leave out parts that hold failed rows, so that they are made again.
+        """
+        if chunk_rows is not None and chunk_rows != self.run.chunk_rows:
+            record = replace(self.run, chunk_rows=chunk_rows)
+            storage.write_atomically(self.location.child(RUN_FILE), record.to_json())
         done = self.finished(chunks)
+        if retry_failures:
+            done = {chunk_id: part for chunk_id, part in done.items() if not part.failures}
         if len(done) < len(chunks) or not self._is_current(chunks):
             self._withdraw_manifest()
         return done

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import os
 import secrets
 import threading
 import warnings
@@ -21,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flyte_batch.cores import available_cores
 from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser, TokenisedPrompt
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
 from flyte_batch.records import Completion, Prompt, SamplingParameters
@@ -413,25 +412,6 @@ def _seed(ctranslate2: Any, generator: Any, seed: int, files: ModelFolder) -> No
         token = files.tokenizer.id_to_token(0)
         generator.generate_batch([[token]], max_length=1, sampling_topk=0)
         ctranslate2.set_random_seed(secrets.randbits(32))
-
-
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores this process may use: its affinity, and a container's CPU limit (its quota, rounded up) where there is one.
-
-    A container with a limit of 4 CPUs still sees all cores of its host; a worker for each would be throttled.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        if (cgroup / "cpu.max").is_file():  # version 2: "400000 100000" or "max 100000"
-            quota, period = (cgroup / "cpu.max").read_text().split()
-        else:
-            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text()
-        if quota.strip() != "max" and int(quota) > 0:
-            return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError, ZeroDivisionError):
-        pass
-    return cores
 
 
 def _context(folder: Path, known: int | None, asked: int | None) -> int:

@@ -45,3 +45,8 @@ def plan_chunk_rows(rows: int, *, replicas: int, concurrency: int, batch_rows: i
     while rows > size * most_chunks:
         size *= 2
     return size
+
+
+def is_sound(chunk_rows: int | None, rows: int) -> bool:
+    """Whether a chunk size that an output was begun with still makes a number of chunks that the orchestrator takes."""
+    return chunk_rows is not None and rows <= chunk_rows * MAX_CHUNKS

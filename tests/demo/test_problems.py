@@ -30,8 +30,8 @@ from flyte_batch.demo.problems import (
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(?:(\d+)([-+])(\d+)=)?(\d+)")
 seeds = st.integers(0, 2**32)
 PINNED = (
-    '{"question": "Mia picks 73 stamps on Monday and 7 stamps on Tuesday. How many stamps is that together?", '
-    '"answer": "Both days together make 73+7=70+10=80 stamps.\\n#### 80"}'
+    '{"question": "Mia picks 92 stamps on Monday and 3 stamps on Tuesday. How many stamps is that together?", '
+    '"answer": "Both days together make 92+3=90+5=95 stamps.\\n#### 95"}'
 )
 
 
@@ -134,9 +134,19 @@ def test_the_splits_share_no_pair_and_no_question() -> None:
     assert {w for p in train for w in wordings(p)}.isdisjoint(w for p in test for w in wordings(p))
 
 
-def test_a_tenth_of_the_pairs_and_a_fifth_of_the_wordings_are_held_out() -> None:
-    pairs = [pair_split("-", a, b) for a in range(1, 100) for b in range(1, a)]
+def test_a_tenth_of_the_pairs_that_take_working_out_is_held_out() -> None:
+    pairs = [pair_split("-", a, b) for a in range(1, 100) for b in range(10, a)]
     assert 0.08 < pairs.count(Split.TEST) / len(pairs) < 0.12
+
+
+@given(a=st.integers(1, 99), b=st.integers(1, 9))
+def test_the_tables_that_all_is_worked_out_from_are_never_held_out(a: int, b: int) -> None:
+    assert pair_split("-", a, b) is Split.TRAIN
+    assert pair_split("+", a % 10, b) is Split.TRAIN
+    assert pair_split("*", a % 10, b) is Split.TRAIN
+
+
+def test_a_fifth_of_the_wordings_is_held_out() -> None:
     combinations = [
         wording_split(template, name, thing) for template in range(len(TEMPLATES)) for name in NAMES for thing in THINGS
     ]

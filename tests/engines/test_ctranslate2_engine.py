@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flyte_batch.cores import available_cores
 from flyte_batch.engines import ctranslate2 as module
-from flyte_batch.engines.ctranslate2 import CTranslate2Engine, available_cores
+from flyte_batch.engines.ctranslate2 import CTranslate2Engine
 from flyte_batch.engines.tokenising import TokenisedPrompt
 from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError, EngineOutOfMemory
 from flyte_batch.records import Completion, Prompt, SamplingParameters
