@@ -26,8 +26,6 @@ _EXTRAS = {"ctranslate2": "cpu"}
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 # What the converter leaves behind unless told to copy it.
 _BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-_WHOLE = 64 << 20  # files up to this many bytes count whole in an identity
-_EDGE = 1 << 20  # of larger ones, the size and this much of head and tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +171,8 @@ def _folder_hash(folder: Path) -> str:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _WHOLE:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                digest.update(file.read(_EDGE))
-                file.seek(-_EDGE, 2)
-                digest.update(file.read(_EDGE))
+        with path.open("rb") as file:  # whole: two fine-tunes of one model may differ only somewhere in the middle
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
