@@ -25,9 +25,11 @@ def questions(path: Path, count: int) -> str:
     return write_jsonl(path, [{"id": i, "question": f"question {i}"} for i in range(count)])
 
 
-def flyte_run(workflow: str, *options: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+def flyte_run(
+    workflow: str, *options: str, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``flyte run --local workflows/WORKFLOW main ...`` as a user types it."""
     return subprocess.run(
         [FLYTE, "run", "--local", f"workflows/{workflow}", "main", *options],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout_s, check=False,
+        cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip

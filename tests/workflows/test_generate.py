@@ -130,9 +130,12 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 def test_bad_input_is_one_clear_line_and_an_exit_code_before_the_model_loads(case: str, tmp_path: Path) -> None:
     make, message = BAD[case]
     options = ["--source", questions(tmp_path / "in.jsonl", 3), "--output", str(tmp_path / "out"), *make(tmp_path)]
-    run = flyte_run("generate.py", *options)
+    run = flyte_run("generate.py", *options, PYTHONPROFILEIMPORTTIME="1")  # lists the imports on standard error
     assert run.returncode != 0
     assert re.search(message, panel(run.stdout)), run.stdout + run.stderr
+    imported = set(re.findall(r"\|\s+([\w.]+)$", run.stderr, re.MULTILINE))
+    assert "flyte_batch.engines" in imported
+    assert not {"ctranslate2", "tokenizers"} & imported
     assert "Execution failed" in panel(run.stdout)
     assert not list(tmp_path.glob("out/part-*"))
     assert not list(tmp_path.glob("out/_manifest.json"))
