@@ -23,6 +23,13 @@ async def test_bad_rows_are_isolated_unless_told_otherwise() -> None:
         assert [isinstance(result, Exception) for result in results] == failed
 
 
+async def test_callers_of_64_records_end_one_after_the_other() -> None:
+    engine = fb.FakeEngine()
+    async with fb.EngineBatcher(engine, max_batch_size=64, batch_timeout_s=5) as batcher:
+        await asyncio.gather(*(batcher.map([engine.prepare(fb.Prompt(name))] * 64) for name in "abc"))
+    assert [set(batch) for batch in engine.batches] == [{"a"}, {"b"}, {"c"}]
+
+
 async def test_leaving_it_answers_what_waits_and_closes_the_engine() -> None:
     engine = fb.FakeEngine()
     async with fb.EngineBatcher(engine) as batcher:

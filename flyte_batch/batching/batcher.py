@@ -48,6 +48,9 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         batch_cost: ``"sum"`` of the records' costs, or ``"padded"``: rows x longest, for models that pad.
         length_window: with a number, each batch takes records of similar cost out of that many that wait (512 is a good
             one for padded models). 0 keeps each caller's records in order.
+        turn_size: callers take turns, so many records each. With 1, callers that came at the same time progress alike
+            and end together; with more they end one after the other, which is better where a caller that ends makes
+            room for the next. Not used with a ``length_window``.
         overflow: what a full queue does to a submit: ``"wait"``, or ``"reject"`` with `QueueFull`.
         isolate_failures: split a failing batch until exactly the bad records fail. False fails the whole batch.
         blocked_loop_warning_s: seconds that an ``async`` process_fn may hold the event loop at a time before a warning.
@@ -73,6 +76,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         default_cost: float = 1,
         batch_cost: BatchCost = "sum",
         length_window: int = 0,
+        turn_size: int = 1,
         overflow: Overflow = "wait",
         isolate_failures: bool = False,
         blocked_loop_warning_s: float = 0.1,
@@ -92,6 +96,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         finite_number("default_cost", default_cost, remedy="give the cost of a record that has no estimate")
         one_of("batch_cost", batch_cost, get_args(BatchCost))
         whole_number("length_window", length_window, at_least=0, remedy="0 turns it off, 512 suits padded models")
+        whole_number("turn_size", turn_size, at_least=1, remedy="1 takes a record of each caller in turn")
         one_of("overflow", overflow, get_args(Overflow))
         finite_number("blocked_loop_warning_s", blocked_loop_warning_s, remedy="give seconds, 0.1 say")
         if min_batch_size > max_batch_size:
@@ -107,7 +112,9 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 "fill; raise it, or set it to 0"
             )
         super().__init__(
-            backlog=Backlog(max_batch_size=max_batch_size, batch_cost=batch_cost, length_window=length_window),
+            backlog=Backlog(
+                max_batch_size=max_batch_size, batch_cost=batch_cost, length_window=length_window, turn_size=turn_size
+            ),
             costs=CostModel(cost_estimator, self._cost_methods, default_cost),
             max_queue_size=max_queue_size,
             stride=max(max_batch_size, length_window),
@@ -255,6 +262,7 @@ class TokenBatcher(DynamicBatcher[RecordT, ResultT]):
         prefetch_batches: int = 2,
         batch_cost: BatchCost = "sum",
         length_window: int = 0,
+        turn_size: int = 1,
         overflow: Overflow = "wait",
         isolate_failures: bool = False,
         blocked_loop_warning_s: float = 0.1,
@@ -274,6 +282,7 @@ class TokenBatcher(DynamicBatcher[RecordT, ResultT]):
             prefetch_batches=prefetch_batches,
             batch_cost=batch_cost,
             length_window=length_window,
+            turn_size=turn_size,
             overflow=overflow,
             isolate_failures=isolate_failures,
             blocked_loop_warning_s=blocked_loop_warning_s,

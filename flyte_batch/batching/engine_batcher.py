@@ -24,11 +24,14 @@ class EngineBatcher(TokenBatcher[RecordT, ResultT]):
 
     Args:
         engine: a started engine.
-        options: `TokenBatcher`'s parameters; ``isolate_failures`` is on unless given.
+        options: `TokenBatcher`'s parameters; ``isolate_failures`` is on unless given, and ``turn_size`` is 64, so that
+            the chunks of a replica end one after the other: while one is written and the next is read, the others keep
+            the device busy.
     """
 
     def __init__(self, engine: Engine[RecordT, ResultT], **options: Any) -> None:
         options.setdefault("isolate_failures", True)
+        options.setdefault("turn_size", 64)
         super().__init__(inference_fn=engine.infer, token_estimator=engine.estimate_cost, **options)
         self.engine = engine
         self.id = uuid.uuid4().hex[:12]

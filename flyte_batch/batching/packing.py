@@ -3,7 +3,8 @@
 Each caller has a `Lane`, a first-in-first-out line of records. The `Backlog` holds all lanes and takes batches from
 them by three rules:
 
-1. Lanes take turns, one record a turn, so a caller with three records is not stuck behind one with a million.
+1. Lanes take turns, so a caller with three records is not stuck behind one with a million. A turn is one record; with
+   longer turns, callers that came at the same time finish one after the other instead of all at the end.
 2. A batch of two or more records never exceeds the budget. A lane whose next record does not fit is passed over in
    this batch and comes first in the next, where an empty batch takes anything: nothing starves, an oversized record
    goes alone.
@@ -182,12 +183,17 @@ class Backlog(Generic[RecordT, ResultT]):
         max_batch_size: most records in a batch.
         batch_cost: ``"sum"``, or ``"padded"`` for rows x longest.
         length_window: how many waiting records to choose similar ones from; 0 keeps each lane in order.
+        turn_size: most records that a lane gives in its turn; counts only where there is no length_window.
     """
 
-    def __init__(self, *, max_batch_size: int, batch_cost: BatchCost = "sum", length_window: int = 0) -> None:
+    def __init__(
+        self, *, max_batch_size: int, batch_cost: BatchCost = "sum", length_window: int = 0, turn_size: int = 1
+    ) -> None:
         self._max_batch_size = max_batch_size
         self._padded = batch_cost == "padded"
         self._length_window = length_window
+        self._turn_size = turn_size
+        self._begun = 0  # records that the lane at the front gave already, in a turn that the last batch cut short
         # Exactly the lanes with records that somebody wants, the next to be served first.
         self._rotation: OrderedDict[Lane[RecordT, ResultT], None] = OrderedDict()
         self._count = 0
@@ -282,7 +288,7 @@ class Backlog(Generic[RecordT, ResultT]):
         self._cost = self._cost - cost if self._count else 0
 
     def _in_turn(self, budget: float) -> dict[Lane[RecordT, ResultT], range]:
-        """Round robin over the lanes, one record a turn, as long as they fit."""
+        """Round robin over the lanes, ``turn_size`` records a turn, as long as they fit."""
         # A lane is popped for its turn and goes back to the end if it has more.
         rotation = self._rotation
         padded, room = self._padded, self._max_batch_size
@@ -296,8 +302,10 @@ class Backlog(Generic[RecordT, ResultT]):
             position = counts.get(lane, 0)
             if not position:
                 lane.purge()
+            begun, self._begun = self._begun, 0
             # A lane that is alone need not take turns.
-            turn = 1 if rotation else room - size
+            turn = min(self._turn_size - begun, room - size) if rotation else room - size
+            start = position
             fits = True
             for cost in islice(lane.costs, position, position + turn):
                 highest = cost if cost > longest else longest
@@ -314,6 +322,9 @@ class Backlog(Generic[RecordT, ResultT]):
                 passed_over.append(lane)
             elif position < len(lane.costs):
                 rotation[lane] = None
+                if size == room and begun + position - start < self._turn_size:
+                    rotation.move_to_end(lane, last=False)
+                    self._begun = begun + position - start
         for lane in reversed(passed_over):
             rotation[lane] = None
             rotation.move_to_end(lane, last=False)

@@ -41,6 +41,7 @@ backlogs = st.builds(
     max_batch_size=st.integers(1, 12),
     batch_cost=st.sampled_from(["sum", "padded"]),
     length_window=st.sampled_from([0, 12, 30]),
+    turn_size=st.sampled_from([1, 3, 64]),
 )
 
 
@@ -84,6 +85,24 @@ def test_no_waiting_caller_is_ever_more_than_one_turn_ahead_of_another(callers, 
             gone[caller] += 1
         waiting = [gone[caller] for caller, own in enumerate(callers) if gone[caller] < len(own)]
         assert not waiting or max(waiting) - min(waiting) <= 1
+
+
+def test_with_longer_turns_callers_end_one_after_the_other_also_across_batches():
+    backlog = Backlog(max_batch_size=3, turn_size=4)
+    fill(backlog, [1] * 6, [1] * 6)
+    order = [caller for batch in drain(backlog, 100) for caller, _ in places(batch)]
+    assert order == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1]
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(1, 12), st.integers(1, 20))
+def test_a_caller_waits_for_at_most_one_turn_of_each_other(sizes, size, turn_size):
+    backlog = Backlog(max_batch_size=size, turn_size=turn_size)
+    fill(backlog, *([1] * count for count in sizes))
+    batches = [[caller for caller, _ in places(batch)] for batch in drain(backlog, 1000)]
+    for caller in range(len(sizes)):
+        own = next(index for index, batch in enumerate(batches) if caller in batch)
+        before = [other for batch in batches[:own] for other in batch]
+        assert all(before.count(other) <= turn_size for other in range(len(sizes)) if other != caller)
 
 
 def test_a_small_caller_is_in_the_next_batch_however_many_a_big_one_has_queued():
