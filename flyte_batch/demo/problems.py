@@ -158,7 +158,7 @@ def working(operation: str, a: int, b: int) -> tuple[str, str, int, int]:
     else:
         last, left, right = _ADD, (a - a % 10) * b, a % 10 * b
     result = last.apply(left, right)
-    if not left or not right or (left, right) == (a, b):
+    if not left or not right or (left, right) == (a, b) or a > LARGEST_OPERAND:
         return f"{a}{operation}{b}={result}", operation, a, b
     return f"{a}{operation}{b}={left}{last.value}{right}={result}", last.value, left, right
 
@@ -237,6 +237,9 @@ def _draw_numbers(rng: random.Random, template: _Template, split: Split) -> dict
 def make_drill(rng: random.Random) -> Problem:
     """A bare sum of some things from the training split: what training starts with and mixes in."""
     thing = rng.choice(THINGS)
+    if rng.random() < 0.2:
+        a, b = 10 * rng.randint(10, 81), rng.randint(2, 81)  # the last step of a large product
+        return Problem(f"How many {thing}? {a} + {b}", f"{a}+{b}={a + b} {thing}.\n#### {a + b}")
     operation = rng.choice((_ADD, _SUB, _MUL, _MUL))  # products are learnt last
     a, b = _pick(rng, _pairs(operation, Split.TRAIN, None, False))
     result = operation.apply(a, b)
