@@ -105,9 +105,9 @@ class TestAnswers:
     async def test_without_a_seed_differ_even_after_an_engine_with_one(self, model: Path) -> None:
         results = []
         for _ in range(2):
-            async with started(model, SamplingParameters(temperature=1.5, seed=1)):
+            async with started(model, SamplingParameters(temperature=50.0, seed=1)):
                 pass
-            async with started(model, SamplingParameters(max_tokens=12, temperature=1.5), inter_threads=1) as engine:
+            async with started(model, SamplingParameters(max_tokens=12, temperature=50.0), inter_threads=1) as engine:
                 results.append(await ask(engine, *QUESTIONS))
         assert results[0] != results[1]
 
