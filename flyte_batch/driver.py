@@ -121,7 +121,9 @@ async def run(
     planned = plan_chunk_rows(rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
     size = chunk_size or (target.chunk_rows if is_sound(target.chunk_rows, rows) else None) or planned
     chunks = plan_chunks(opened, target.path, size, settings=full, limit=limit)
-    parts = await asyncio.to_thread(target.resume, chunks, chunk_rows=size, retry_failures=retry_failures)
+    parts = await asyncio.to_thread(
+        target.resume, chunks, chunk_rows=size, retry_failures=retry_failures, may_shrink=overwrite
+    )
     failures = sum(part.failures for part in parts.values())
     progress = Progress(rows, done=sum(part.rows for part in parts.values()), failures=failures)
     failed: list[tuple[Chunk, Exception]] = []
@@ -129,25 +131,29 @@ async def run(
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
-    if failures / rows <= rate:
-        todo = (chunk for chunk in chunks if chunk.id not in parts)
-        async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
-            async for chunk, outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    failed.append((chunk, outcome))
-                    if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
+    try:
+        if failures / rows <= rate:
+            todo = (chunk for chunk in chunks if chunk.id not in parts)
+            async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
+                async for chunk, outcome in outcomes:
+                    if isinstance(outcome, Exception):
+                        failed.append((chunk, outcome))
+                        if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
+                            break
+                        continue
+                    failures += outcome.failures
+                    devices.append(outcome.device)
+                    progress.advance(outcome.rows, outcome.failures)
+                    if failures / rows > rate:
                         break
-                    continue
-                failures += outcome.failures
-                devices.append(outcome.device)
-                progress.advance(outcome.rows, outcome.failures)
-                if failures / rows > rate:
-                    break
-    if failed:
-        raise ChunkFailed(_describe(failed, len(chunks), output)) from failed[0][1]
-    if failures / rows > rate or failures == rows:
-        raise TooManyFailures(_describe_failures(failures, rows, rate, output))
-    manifest = await asyncio.to_thread(target.commit, chunks)
+        if failed:
+            raise ChunkFailed(_describe(failed, len(chunks), output)) from failed[0][1]
+        if failures / rows > rate or failures == rows:
+            raise TooManyFailures(_describe_failures(failures, rows, rate, output))
+        manifest = await asyncio.to_thread(target.commit, chunks)
+    except BaseException:
+        await asyncio.to_thread(target.leave, chunks)
+        raise
     return RunSummary(
         rows=manifest.rows,
         failures=manifest.failures,

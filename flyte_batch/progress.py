@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +40,8 @@ class Progress:
         self.failures += failures
         if self.done >= self.total or self.clock() - self._printed >= self.every_s:
             self._printed = self.clock()
-            print(self.line(), file=self.out or sys.stdout, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason to lose a run
+                print(self.line(), file=self.out or sys.stdout, flush=True)
 
     def line(self) -> str:
         """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed``."""

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 FinishFunction = Callable[[Row, Completion], str]
 """Turns a row and its completion into the text of the ``response`` column; an exception fails that row only."""
 
+
+class Undecodable(str):
+    """In a value's place, why it could not be read."""
+
+
 Solver = Callable[[], Awaitable[EngineBatcher[Any, Completion]]]
 """Gives the process's engine and batcher."""
 
@@ -60,7 +65,7 @@ async def infer(
     missing = [column for column in columns or () if column not in table.column_names]
     if missing:
         raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
-    values = (table if columns is None or finish else table.select(list(columns))).to_pydict()
+    values = await asyncio.to_thread(_values, table if columns is None or finish else table.select(list(columns)))
     task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows)
     batcher = await solver()
     use = _DeviceWatch(batcher, started_at)
@@ -84,6 +89,24 @@ async def infer(
         seconds=time.monotonic() - started,
         device=use.until_now(),
     )
+
+
+def _values(table: Any) -> dict[str, list[Any]]:
+    """A table's values by column; a text that is no UTF-8, as some programs write it to Parquet, is `Undecodable`."""
+    values: dict[str, list[Any]] = {}
+    for name in table.column_names:
+        try:
+            values[name] = table[name].to_pylist()
+        except UnicodeDecodeError:
+            values[name] = [_value(value) for value in table[name]]
+    return values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return Undecodable(str(error))
 
 
 @dataclass
@@ -149,7 +172,11 @@ class _Task:
                     index, self.results[index] = output
 
     def _row(self, index: int) -> Row:
-        return {column: values[index] for column, values in self.values.items()}
+        row = {column: values[index] for column, values in self.values.items()}
+        for column, value in row.items():
+            if isinstance(value, Undecodable):
+                raise BadRecord(f"column {column!r} is no valid UTF-8: {value}")
+        return row
 
 
 class _DeviceWatch:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import flyte_batch as fb
 from flyte_batch.data.chunks import DeviceUse
 from flyte_batch.driver import fan_out, utilization
+from flyte_batch.errors import RunError
 from flyte_batch.progress import Progress
 from tests.helpers import questions, write_jsonl
 
@@ -224,6 +226,74 @@ async def test_the_error_names_the_first_chunk_of_those_that_failed(tmp_path: Pa
         await go(questions(tmp_path / "in.jsonl", 5), tmp_path / "out", worker, chunk_size=1)
 
 
+async def test_a_run_that_another_plan_overtook_takes_its_parts_away(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 40), tmp_path / "out"
+    may_end = asyncio.Event()
+
+    class Slow(Worker):
+        async def __call__(self, chunk: fb.Chunk) -> fb.ChunkReport:
+            report = await super().__call__(chunk)
+            if chunk.index == 0:
+                begun.set()
+            await may_end.wait()
+            return report
+
+    begun = asyncio.Event()
+    overtaken = asyncio.create_task(go(source, out, Slow(), chunk_size=4))
+    await begun.wait()
+    assert (await go(source, out, Worker(), chunk_size=20)).rows == 40
+    may_end.set()
+    with pytest.raises(fb.ChunkFailed, match="have no part"):
+        await overtaken
+    assert pq.read_table(out)["id"].to_pylist() == list(range(40))  # as any reader of the folder sees it
+
+
+async def test_a_run_that_was_overwritten_while_it_worked_does_not_commit(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 8), tmp_path / "out"
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    class Slow(Worker):
+        async def __call__(self, chunk: fb.Chunk) -> fb.ChunkReport:
+            report = await super().__call__(chunk)
+            begun.set()
+            await may_end.wait()
+            return report
+
+    old = asyncio.create_task(fb.run(source, str(out), Slow(), settings={"p": 1}, code_version="1", chunk_size=2))
+    await begun.wait()
+    new = Worker(prompt="new {question}")
+    await fb.run(source, str(out), new, settings={"p": 2}, code_version="1", chunk_size=4, overwrite=True)
+    may_end.set()
+    with pytest.raises(RunError, match="another run took over"):
+        await old
+    assert pq.read_table(out)["response"].to_pylist() == [f"echo: new question {i}" for i in range(8)]
+
+
+async def test_fewer_rows_than_are_finished_are_refused_unless_told_to_overwrite(tmp_path: Path) -> None:
+    source, out = questions(tmp_path / "in.jsonl", 30), tmp_path / "out"
+    await go(source, out, Worker(), chunk_size=10)
+    with pytest.raises(fb.BadInput, match="holds 30 finished rows and this run has only 5"):
+        await go(source, out, Worker(), limit=5)
+    assert fb.read_output(str(out)).num_rows == 30
+    assert (await go(source, out, Worker(), limit=5, overwrite=True)).rows == 5
+
+
+async def test_a_folder_that_was_begun_without_a_part_is_anyones(tmp_path: Path) -> None:
+    source, out, broken = questions(tmp_path / "in.jsonl", 3), tmp_path / "out", Worker()
+    broken.fail = {0}
+    with pytest.raises(fb.ChunkFailed):
+        await fb.run(source, str(out), broken, settings={"model": "broken"}, code_version="1")
+    assert (await fb.run(source, str(out), Worker(), settings={"model": "mended"}, code_version="1")).rows == 3
+
+
+async def test_a_finished_output_that_lost_its_run_file_is_still_cut_as_it_was(tmp_path: Path) -> None:
+    source, again = questions(tmp_path / "in.jsonl", 30), Worker()
+    await go(source, tmp_path / "out", Worker(), chunk_size=7)
+    (tmp_path / "out" / "_run.json").unlink()
+    assert (await go(source, tmp_path / "out", again)).chunks_reused == 5
+    assert again.chunks == []
+
+
 async def test_two_drivers_at_once_leave_every_row_exactly_once(tmp_path: Path) -> None:
     source = questions(tmp_path / "in.jsonl", 100)
     summaries = await asyncio.gather(
@@ -326,3 +396,11 @@ def test_progress_says_how_far_how_fast_and_how_long_still() -> None:
     assert out.getvalue() == "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed\n"
     progress.advance(400, 0)
     assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%)")
+
+
+def test_a_closed_terminal_does_not_cost_the_run() -> None:
+    out = io.StringIO()
+    out.close()
+    progress = Progress(10, out=out)
+    progress.advance(10, 0)
+    assert progress.done == 10

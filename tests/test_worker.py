@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import flyte_batch as fb
@@ -24,8 +27,6 @@ def chunk_of(tmp_path: Path, source: str) -> fb.Chunk:
 
 
 def rows_of(chunk: fb.Chunk) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     return pq.read_table(Path(chunk.output) / chunk.part).to_pylist()
 
 
@@ -142,6 +143,18 @@ async def test_loading_the_engine_counts_as_time_in_which_the_device_was_not_bus
 
     report = await fb.infer(chunk, solver, prompt="{question}")
     assert report.device.start <= loading[0]
+
+
+async def test_a_text_that_is_no_utf_8_fails_its_row_only(tmp_path: Path) -> None:
+    texts = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(struct.pack("4i", 0, 1, 3, 4)), pa.py_buffer(b"a\xff\xfeb")]
+    )
+    pq.write_table(pa.table({"question": texts}), tmp_path / "in.parquet")
+    chunk = chunk_of(tmp_path, str(tmp_path / "in.parquet"))
+    await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}")
+    part = pq.read_table(Path(chunk.output) / chunk.part)
+    assert part["response"].to_pylist() == ["echo: a", None, "echo: b"]
+    assert "column 'question' is no valid UTF-8" in part["error"].to_pylist()[1]
 
 
 async def test_chunks_at_the_same_time_share_one_engine_and_its_batches(tmp_path: Path) -> None:

@@ -106,7 +106,11 @@ async def main(
     """
     fb.require_shared(source=source, output=output)
     choice = await asyncio.to_thread(choose_engine, engine, model)
-    template = fb.PromptTemplate(prompt_template) if prompt_template else fb.PromptTemplate.for_column(prompt_column)
+    template = (
+        fb.PromptTemplate(prompt_template)
+        if prompt_template is not None
+        else fb.PromptTemplate.for_column(prompt_column)
+    )
     job = Job(
         choice, fb.SamplingParameters(max_tokens=max_tokens, temperature=temperature), template.text, system_prompt
     )
@@ -121,7 +125,7 @@ async def main(
         run_chunk,
         settings=job.settings,
         code_version=fingerprint(infer_chunk),
-        columns=[name.strip() for name in columns.split(",")] if columns is not None else None,
+        columns=[name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None,
         required_columns=template.columns,
         limit=limit,
         chunk_size=chunk_size,

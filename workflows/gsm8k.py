@@ -89,6 +89,8 @@ async def main(
         for (_, truth), answer in zip(chunk, answers, strict=True)
     )
     failed = sum(not answer for answers in answered for answer in answers)
+    if failed == len(rows):
+        raise fb.TooManyFailures(f"none of {failed} questions was answered; the log says why")
     accuracy = right / len(rows)
     print(f"{len(rows):,} questions in {len(chunks)} chunks, {failed} failed, {right} right: accuracy {accuracy:.1%}")
     return {f"chunk-{index:04d}": answers for index, answers in enumerate(answered)}, accuracy
@@ -98,7 +100,10 @@ def _read(source: str | None, count: int) -> list[tuple[str, str]]:
     """The first questions with their reference answers."""
     if source is not None:
         opened = open_source(source, columns=["question", "answer"])
-        return [(row["question"], row["answer"]) for row in opened.head(count).to_pylist()]
+        for field in opened.schema:
+            if str(field.type) not in ("string", "large_string"):
+                raise fb.BadInput(f"column {field.name!r} of {source} is {field.type}, not text")
+        return [(row["question"] or "", row["answer"] or "") for row in opened.head(count).to_pylist()]
     try:
         from datasets import load_dataset
 

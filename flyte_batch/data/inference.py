@@ -26,6 +26,9 @@ _NUMBERS = frozenset(("integer", "number"))
 _INT64 = range(-(2**63), 2**63)
 
 
+MAX_DEPTH = 32
+
+
 class Conflict(Exception):
     """Values of one column that no type holds; the message is for the user and lacks only the file's name."""
 
@@ -48,6 +51,10 @@ class Shape:
         if value is None:
             return
         kind = _KINDS[type(value)]
+        if name.count(".") + name.count("[]") > MAX_DEPTH:
+            raise Conflict(
+                f"line {line} is nested more than {MAX_DEPTH} deep, which Parquet can't hold: write it as text"
+            )
         if kind != self.kind:
             self._become(kind, line, name)
         if kind == "integer":

@@ -136,7 +136,7 @@ def _load(location: Location) -> dict[str, object] | None:
         version = content["format_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(location, error) from error
     if version != FORMAT_VERSION:
         raise BadInput(

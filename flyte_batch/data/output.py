@@ -83,9 +83,12 @@ class Output:
                 )
         run = manifests.record(settings, source)
         previous = manifests.read_run(location)
-        if previous is None:
-            finished = manifests.read_manifest(location)
-            previous = RunRecord(finished.settings, finished.source) if finished else None
+        finished = manifests.read_manifest(location)
+        if previous is None and finished is not None:
+            rows = finished.parts[0].rows if finished.parts else None
+            previous = RunRecord(finished.settings, finished.source, rows)
+        if finished is None and not any(_is_part(found.name) for found in storage.entries(location)):
+            previous = None  # begun, but nothing came of it: nobody loses anything
         changed = manifests.differences(previous, run) if previous else []
         if changed and not overwrite:
             raise BadInput(
@@ -125,7 +128,12 @@ class Output:
         return {info.chunk_id: info for info in infos if info is not None}
 
     def resume(
-        self, chunks: Sequence[Chunk], *, chunk_rows: int | None = None, retry_failures: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        *,
+        chunk_rows: int | None = None,
+        retry_failures: bool = False,
+        may_shrink: bool = True,
     ) -> dict[str, PartInfo]:
         """Begins the work on a plan: as `finished`, and takes back a manifest that this plan makes untrue.
 
@@ -133,7 +141,17 @@ class Output:
             chunks: the plan.
             chunk_rows: the size that it was made with, for the next run to find.
             retry_failures: leave out parts that hold failed rows, so that they are made again.
+            may_shrink: accept a plan of fewer rows than the finished output holds; the others are lost by its commit.
+
+        Raises:
+            BadInput: the plan would lose finished rows, and may not.
         """
+        finished, rows = self.manifest(), sum(chunk.rows for chunk in chunks)
+        if finished is not None and finished.rows > rows and not may_shrink:
+            raise BadInput(
+                f"the output {self.location} holds {finished.rows:,} finished rows and this run has only {rows:,}, so "
+                "the others would be lost: choose another --output, or give up the others with --overwrite"
+            )
         if chunk_rows is not None and chunk_rows != self.run.chunk_rows:
             record = replace(self.run, chunk_rows=chunk_rows)
             storage.write_atomically(self.location.child(RUN_FILE), record.to_json())
@@ -151,7 +169,15 @@ class Output:
 
         Raises:
             ChunkFailed: chunks without a whole part; nothing was changed, and a re-run makes only those.
+            RunError: another run, with other settings, took the folder over meanwhile.
         """
+        owner = manifests.read_run(self.location)
+        if owner is not None and manifests.differences(owner, self.run):
+            self.leave(chunks)
+            raise RunError(
+                f"another run took over the output {self.location} meanwhile "
+                f"({'; '.join(manifests.differences(owner, self.run))}): choose another --output"
+            )
         manifest = Manifest.of(self.run, self.source, self._all_parts(chunks))
         planned = {chunk.part for chunk in chunks}
         inside = storage.entries(self.location)
@@ -171,6 +197,20 @@ class Output:
             self._withdraw_manifest()
             raise
         return manifest
+
+    def leave(self, chunks: Sequence[Chunk]) -> None:
+        """Ends the work on a plan that does not commit.
+
+        Its parts stay for the next run, unless another plan has finished the folder or taken it over meanwhile: then
+        what that plan has no use for goes, because a reader of the folder would take it for results.
+        """
+        owner, finished = manifests.read_run(self.location), self.manifest()
+        if finished is None and (owner is None or not manifests.differences(owner, self.run)):
+            return
+        kept = set() if finished is None else {part.name for part in finished.parts}
+        for chunk in chunks:
+            if chunk.part not in kept:
+                storage.delete(self.location.child(chunk.part))
 
     def manifest(self) -> Manifest | None:
         """The manifest, None while the output is unfinished."""

@@ -133,6 +133,8 @@ class PromptTokeniser:
         self.template = template
         self.context = context
         self._max_tokens = max_tokens
+        # A token stands for no more characters than it is long: what is longer than this cannot fit.
+        self._most_characters = context * max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
     def prepare(self, prompt: Prompt) -> TokenisedPrompt:
         """Render and tokenise one prompt.
@@ -143,6 +145,11 @@ class PromptTokeniser:
         """
         require_text(prompt)
         text = self._render(prompt)
+        if len(text) > self._most_characters:  # before tokenising, which takes seconds and gigabytes for megabytes
+            raise BadRecord(
+                f"the prompt has {len(text):,} characters, far beyond the {self.context} tokens of the model's context "
+                "with the response: shorten it, or leave out rows like it"
+            )
         try:
             # A template writes the special tokens itself; the tokenizer would write the first one twice.
             ids = self.tokenizer.encode(text, add_special_tokens=self.template is None).ids

@@ -235,3 +235,11 @@ def test_scanning_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 30_000_000
+
+
+def test_values_nested_deeper_than_parquet_can_hold_are_refused_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    for value in ("[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40):
+        path.write_text('{"x": 1}\n{"y": ' + value + "}\n")
+        with pytest.raises(BadInput, match="line 2 is nested more than 32 deep"):
+            open_source(str(path))

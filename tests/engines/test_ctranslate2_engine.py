@@ -373,3 +373,12 @@ def test_equal_prompts_are_shared_evenly_among_the_workers() -> None:
     plan = module._Plan({}, (), frozenset(), frozenset(), workers=2, sub_batch=32, span=32)
     assert [len(group) for group in module._split([10] * 40, plan)] == [20, 20]
     assert [len(group) for group in module._split([10] * 80, plan)] == [20, 20, 20, 20]
+
+
+async def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(model) as engine:
+        monkeypatch.delattr(engine._tokeniser, "tokenizer")  # whoever tokenises it now fails differently
+        with pytest.raises(BadRecord, match="far beyond the 2048 tokens"):
+            engine.prepare(Prompt("why? " * 1_000_000))

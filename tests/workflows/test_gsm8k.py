@@ -39,3 +39,19 @@ def test_all_of_gsm8k_is_answered_and_scored_honestly() -> None:
     run = flyte_run("gsm8k.py", *options)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"1,319 questions in 27 chunks, 0 failed, \d+ right: accuracy \d", run.stdout)
+
+
+def test_a_question_that_is_null_costs_no_other_and_columns_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (good,) = generate(1, 3)
+    rows = [{"question": None, "answer": "#### 1"}, {"question": good.question, "answer": good.answer}]
+    run = flyte_run("gsm8k.py", "--source", write_jsonl(tmp_path / "a.jsonl", rows))
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 questions in 1 chunks, 1 failed, 1 right" in run.stdout
+    run = flyte_run("gsm8k.py", "--source", write_jsonl(tmp_path / "b.jsonl", [{"question": "a", "answer": 5}]))
+    assert run.returncode != 0
+    assert "column 'answer' of" in panel(run.stdout)
+    run = flyte_run(
+        "gsm8k.py", "--source", write_jsonl(tmp_path / "c.jsonl", rows[:1] * 2 + [{"question": " ", "answer": ""}])
+    )
+    assert run.returncode != 0
+    assert "none of 3 questions was answered" in panel(run.stdout)
