@@ -126,6 +126,8 @@ async def run(
     )
     failures = sum(part.failures for part in parts.values())
     progress = Progress(rows, done=sum(part.rows for part in parts.values()), failures=failures)
+    if parts:
+        progress.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
     failed: list[tuple[Chunk, Exception]] = []
     devices: list[DeviceUse] = []
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
@@ -154,7 +156,7 @@ async def run(
     except BaseException:
         await asyncio.to_thread(target.leave, chunks)
         raise
-    return RunSummary(
+    summary = RunSummary(
         rows=manifest.rows,
         failures=manifest.failures,
         prompt_tokens=manifest.prompt_tokens,
@@ -165,6 +167,12 @@ async def run(
         chunks_reused=len(parts),
         output=target.path,
     )
+    why = ", see the column 'error'" if summary.failures else ""
+    progress.say(
+        f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {summary.seconds:,.1f} s, device busy "
+        f"{summary.utilization:.0%}; {summary.chunks} parts, {summary.chunks_reused} of them kept: {summary.output}"
+    )
+    return summary
 
 
 async def fan_out(
@@ -235,25 +243,10 @@ def _check(
         ("chunk_size", chunk_size), ("limit", limit),
     ):  # fmt: skip
         if value is not None and value < 1:
-            remedy = "; leave it out to have it planned" if name == "chunk_size" else ""
-            raise BadInput(f"{name} must be at least 1, got {value}{remedy}")
-
-
-def _name(error: Exception) -> str:
-    """The class of an error; one that crossed a Flyte task's boundary carries its name as ``code``."""
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) else type(error).__name__
-
-
-def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
-    chunk, error = min(failed, key=lambda each: each[0].index)
-    rows = f"rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1}"
-    remedy = "mend that, then" if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
+            remedy = "fix that, then " if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
     return (
         f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}. "
-        f"What the others wrote to {output} is kept; {remedy} run the same command again to do the rest".replace(
-            "  ", " "
-        )
+        f"{kept}{remedy}run the same command again to do the rest"
     )
 
 
@@ -261,5 +254,6 @@ def _describe_failures(failures: int, rows: int, rate: float, output: str) -> st
     allowed = f"more than max_failure_rate {rate:g} allows" if failures < rows else "no row was answered"
     return (
         f"{failures} of {rows} rows failed, {allowed}; the column 'error' of the parts in {output} says why. "
-        "Mend the source, raise max_failure_rate, or try the failed rows again with retry_failures"
+        + ("Fix the source or the prompt" if failures == rows else "Fix the source, raise max_failure_rate")
+        + ", or try the failed rows again with retry_failures"
     )

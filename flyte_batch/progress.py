@@ -34,19 +34,25 @@ class Progress:
         self._reused = self.done
         self._started = self._printed = self.clock()
 
+    def say(self, line: str) -> None:
+        """Print a line now."""
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason to lose a run
+            print(line, file=self.out or sys.stdout, flush=True)
+
     def advance(self, rows: int, failures: int) -> None:
         """Count a finished chunk."""
         self.done += rows
         self.failures += failures
         if self.done >= self.total or self.clock() - self._printed >= self.every_s:
             self._printed = self.clock()
-            with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason to lose a run
-                print(self.line(), file=self.out or sys.stdout, flush=True)
+            self.say(self.line())
 
     def line(self) -> str:
         """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed``."""
         elapsed = self.clock() - self._started
         rate = (self.done - self._reused) / elapsed if elapsed > 0 else 0.0
-        left = f"{(self.total - self.done) / rate:,.0f} s left" if rate > 0 else "starting"
+        # What the first chunks took holds the model's load, and says little about the others.
+        known = rate > 0 and self.done - self._reused >= (self.total - self._reused) / 5
+        left = f"{(self.total - self.done) / rate:,.0f} s left" if known else "starting"
         share = 100 * self.done // max(1, self.total)
         return f"{self.done:,}/{self.total:,} rows ({share}%), {rate:,.0f} rows/s, {left}, {self.failures:,} failed"

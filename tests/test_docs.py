@@ -27,7 +27,7 @@ def test_every_code_block_runs(document: Path, tmp_path: Path) -> None:
     for name in ("workflows", "images", "flyte_batch", "benchmarks", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name if name != ".venv" else Path(sys.prefix))
     (tmp_path / "out").mkdir()
-    write_jsonl(tmp_path / "out" / "problems.jsonl", [{"question": p.question} for p in generate(50, 3)])
+    write_jsonl(tmp_path / "out" / "problems.jsonl", [{"question": p.question} for p in generate(200, 3)])
     for number, (language, text) in enumerate(blocks(document)):
         if language == "python":
             file = tmp_path / f"block_{number}.py"

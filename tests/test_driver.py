@@ -214,7 +214,7 @@ async def test_bad_input_in_a_worker_stops_the_run_at_once_and_no_re_run_is_advi
     tmp_path: Path,
 ) -> None:
     worker = Worker(prompt="{questoin}")
-    with pytest.raises(fb.ChunkFailed, match=r"BadInput: the prompt reads column 'questoin'.*mend that, then"):
+    with pytest.raises(fb.ChunkFailed, match=r"BadInput: the prompt reads column 'questoin'.*fix that, then"):
         await go(questions(tmp_path / "in.jsonl", 50), tmp_path / "out", worker, chunk_size=1, concurrency=1)
     assert len(worker.chunks) == 1
 
@@ -394,6 +394,10 @@ def test_progress_says_how_far_how_fast_and_how_long_still() -> None:
     now[0] = 4.0
     progress.advance(300, 2)
     assert out.getvalue() == "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed\n"
+    early = Progress(1000, out=out, clock=lambda: now[0])
+    now[0] = 5.0
+    early.done = 10
+    assert "starting" in early.line()
     progress.advance(400, 0)
     assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%)")
 

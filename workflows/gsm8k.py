@@ -110,6 +110,8 @@ def _read(source: str | None, count: int) -> list[tuple[str, str]]:
         rows = load_dataset("openai/gsm8k", "main", split="test", streaming=True)
         return [(row["question"], row["answer"]) for row in islice(rows, count)]
     except ImportError as error:
-        raise fb.BadInput("openai/gsm8k needs the extra hf: pip install 'flyte-batch[hf]', or give --source") from error
+        raise fb.BadInput(
+            "openai/gsm8k needs the extra hf: install flyte-batch with its extra 'hf', or give --source"
+        ) from error
     except OSError as error:
         raise fb.BadInput(f"openai/gsm8k can't be read from Hugging Face ({error}); give a file by --source") from error

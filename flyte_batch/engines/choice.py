@@ -65,7 +65,7 @@ def choose_engine(engine: str = "auto", model: str = DEMO) -> EngineChoice:
     if missing:
         raise BadInput(
             f"the engine {name} needs {' and '.join(missing)}, not installed here: "
-            f"pip install 'flyte-batch[{_EXTRAS[name]}]'"
+            f"install flyte-batch with its extra '{_EXTRAS[name]}'"
         )
     if name == "fake":
         return EngineChoice(name, model, _digest("fake", model))
@@ -83,7 +83,8 @@ def choose_engine(engine: str = "auto", model: str = DEMO) -> EngineChoice:
         )
     if importlib.util.find_spec("huggingface_hub") is None:
         raise BadInput(
-            f"{model} is no folder here, and to download it huggingface_hub is missing: pip install 'flyte-batch[hf]'"
+            f"{model} is no folder here, and to download it huggingface_hub is missing: "
+            "install flyte-batch with its extra 'hf'"
         )
     return EngineChoice(name, model, _digest(name, f"{found['id']}@{found['revision'] or 'main'}"))
 
@@ -188,7 +189,9 @@ def _download(model: str) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        raise BadInput(f"to download {model}, huggingface_hub is missing: pip install 'flyte-batch[hf]'") from error
+        raise BadInput(
+            f"to download {model}, huggingface_hub is missing: install flyte-batch with its extra 'hf'"
+        ) from error
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -429,7 +429,7 @@ def _import_ctranslate2() -> Any:
         import ctranslate2  # type: ignore[import-untyped]
         import tokenizers  # noqa: F401
     except ImportError as error:
-        raise BadInput("the engine ctranslate2 is not installed: pip install 'flyte-batch[cpu]'") from error
+        raise BadInput("the engine ctranslate2 is not installed: install flyte-batch with its extra 'cpu'") from error
     return ctranslate2
 
 

@@ -147,8 +147,8 @@ class PromptTokeniser:
         text = self._render(prompt)
         if len(text) > self._most_characters:  # before tokenising, which takes seconds and gigabytes for megabytes
             raise BadRecord(
-                f"the prompt has {len(text):,} characters, far beyond the {self.context} tokens of the model's context "
-                "with the response: shorten it, or leave out rows like it"
+                f"the prompt has {len(text):,} characters, so more than {self.context} tokens, the model's context "
+                f"holds {self.context} with the response: shorten it, or leave out rows like it"
             )
         try:
             # A template writes the special tokens itself; the tokenizer would write the first one twice.

@@ -66,14 +66,14 @@ class TestChoosing:
 
     @pytest.mark.parametrize(
         ("package", "model", "remedy"),
-        [("ctranslate2", "demo", r"flyte-batch\[cpu\]"), ("huggingface_hub", "owner/name", r"flyte-batch\[hf\]")],
+        [("ctranslate2", "demo", r"extra 'cpu'"), ("huggingface_hub", "owner/name", r"extra 'hf'")],
     )
     def test_a_missing_package_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, package: str, model: str, remedy: str
     ) -> None:
         real = importlib.util.find_spec
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else real(name))
-        with pytest.raises(BadInput, match=f"{package}.*pip install '{remedy}'"):
+        with pytest.raises(BadInput, match=f"{package}.*with its {remedy}"):
             choose_engine("auto", model)
 
     def test_loads_no_engine(self) -> None:
