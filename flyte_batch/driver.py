@@ -243,7 +243,21 @@ def _check(
         ("chunk_size", chunk_size), ("limit", limit),
     ):  # fmt: skip
         if value is not None and value < 1:
-            remedy = "fix that, then " if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
+            remedy = "; leave it out to have it planned" if name == "chunk_size" else ""
+            raise BadInput(f"{name} must be at least 1, got {value}{remedy}")
+
+
+def _name(error: Exception) -> str:
+    """The class of an error; one that crossed a Flyte task's boundary carries its name as ``code``."""
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) else type(error).__name__
+
+
+def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
+    chunk, error = min(failed, key=lambda each: each[0].index)
+    rows = f"rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1}"
+    kept = f"What the others wrote to {output} is kept; " if len(failed) < chunks else ""
+    remedy = "fix that, then " if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
     return (
         f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}. "
         f"{kept}{remedy}run the same command again to do the rest"
