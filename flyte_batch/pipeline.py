@@ -202,10 +202,9 @@ def _finished(under_way: deque[asyncio.Task[list[Any]]], ordered: bool) -> Itera
         while under_way and under_way[0].done():
             yield under_way.popleft()
     else:
-        done = [task for task in under_way if task.done()]
-        for task in done:
-            under_way.remove(task)
-        yield from done
+        for task in [task for task in under_way if task.done()]:
+            under_way.remove(task)  # one at a time: if this one raises, the others are still to be looked after
+            yield task
 
 
 async def _blocks(items: Iterable[ItemT] | AsyncIterable[ItemT], size: int) -> AsyncGenerator[list[ItemT], None]:

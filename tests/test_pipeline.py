@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
@@ -197,6 +198,21 @@ async def test_leaving_does_not_hold_up_the_loop_for_a_prepare_that_is_under_way
         await outputs
     assert not may_end.is_set()  # we are back before it ended
     may_end.set()
+
+
+async def test_of_several_blocks_that_fail_at_once_none_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate(lambda record: ValueError(str(record)))
+    gate.doors = dict.fromkeys(range(4), asyncio.Event())
+    outputs = asyncio.create_task(
+        collect(fb.Pipeline(same, gate, pair, block=1, window=4).run(range(4), ordered=False))
+    )
+    await gate.until(lambda: len(gate.waiting) == 4)
+    gate.doors[0].set()  # it is one door for all
+    with pytest.raises(ValueError, match=r"\d"):
+        await outputs
+    del outputs
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_what_an_async_source_gave_goes_ahead_while_it_pauses() -> None:
