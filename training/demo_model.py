@@ -12,8 +12,8 @@ CTranslate2, the way the package runs it; a model below ``--required`` is not wr
 A step takes about 0.27 s on two CPU cores that do nothing else. The packaged model came about in four runs, each going
 on from the one before (``--initial``) while the drills were being improved: 4,500 of 5,500 steps at the default rates,
 then 1,500, 1,400 and 800 steps at a quarter of them, together about 40 minutes. One run of 5,500 steps from nothing
-with today's drills was at 94 to 97% (of 400 problems) after 4,500 of them. The default of 12,000 steps, about an hour, has
-not been tried in one go; where it falls short, go on from its result with ``--initial``.
+with today's drills was at 94 to 97% (of 400 problems) after 4,500 of them. The default of 12,000 steps, about an hour,
+has not been tried in one go; where it falls short, go on from its result with ``--initial``.
 """
 
 from __future__ import annotations
