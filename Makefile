@@ -36,7 +36,7 @@ benchmarks: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/batching.py
 	$(BIN)/python benchmarks/end_to_end.py
 
-# Two CPU cores, about half an hour; replaces flyte_batch/demo/model if the new one is good enough.
+# Two CPU cores, about an hour; replaces flyte_batch/demo/model if the new one is good enough.
 train-demo-model: $(VENV)/installed-train
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(BIN)/python training/demo_model.py
 
