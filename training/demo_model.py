@@ -11,8 +11,8 @@ CTranslate2, the way the package runs it; a model below ``--required`` is not wr
 
 A step takes about 0.27 s on two CPU cores that do nothing else. The packaged model came about in four runs, each going
 on from the one before (``--initial``) while the drills were being improved: 4,500 of 5,500 steps at the default rates,
-then 1,500, 1,400 and 800 steps at a quarter of them, together about 40 minutes. One run from
-nothing with the defaults and today's drills gave 99.95% of 4,000 after 39 minutes beside other work; it is not packaged.
+then 1,500, 1,400 and 800 steps at a quarter of them, together about 40 minutes. One run from nothing with the defaults
+and today's drills gave 99.95% of 4,000 after 39 minutes beside other work; it is not packaged.
 """
 
 from __future__ import annotations
