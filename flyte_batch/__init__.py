@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flyte_batch.data.output import read_output as read_output
     from flyte_batch.driver import RunSummary as RunSummary
     from flyte_batch.driver import run as run
+    from flyte_batch.engines.base import ContinuousEngine as ContinuousEngine
     from flyte_batch.engines.base import Engine as Engine
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine as CTranslate2Engine
     from flyte_batch.engines.fake import FakeEngine as FakeEngine
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from flyte_batch.environments import slots as slots
     from flyte_batch.errors import BadInput as BadInput
     from flyte_batch.errors import BadRecord as BadRecord
+    from flyte_batch.errors import BadResponse as BadResponse
     from flyte_batch.errors import BatcherDied as BatcherDied
     from flyte_batch.errors import BatcherNotRunning as BatcherNotRunning
     from flyte_batch.errors import ChunkFailed as ChunkFailed
+    from flyte_batch.errors import DeadlineExceeded as DeadlineExceeded
     from flyte_batch.errors import EngineDead as EngineDead
     from flyte_batch.errors import EngineOutOfMemory as EngineOutOfMemory
     from flyte_batch.errors import FlyteBatchError as FlyteBatchError
@@ -41,10 +44,12 @@ if TYPE_CHECKING:
     from flyte_batch.pipeline import Failure as Failure
     from flyte_batch.pipeline import Pipeline as Pipeline
     from flyte_batch.prompts import PromptTemplate as PromptTemplate
+    from flyte_batch.records import Chat as Chat
     from flyte_batch.records import Completion as Completion
     from flyte_batch.records import CostEstimator as CostEstimator
     from flyte_batch.records import Prompt as Prompt
     from flyte_batch.records import SamplingParameters as SamplingParameters
+    from flyte_batch.records import StructuredOutput as StructuredOutput
     from flyte_batch.records import TokenEstimator as TokenEstimator
     from flyte_batch.singletons import singleton as singleton
     from flyte_batch.worker import infer as infer
@@ -54,17 +59,19 @@ _HOMES = {
     "data.chunks": ("Chunk", "ChunkReport"),
     "data.output": ("read_output",),
     "driver": ("RunSummary", "run"),
-    "engines.base": ("Engine",),
+    "engines.base": ("ContinuousEngine", "Engine"),
     "engines.ctranslate2": ("CTranslate2Engine",),
     "engines.fake": ("FakeEngine",),
     "environments": ("driver_environment", "replica_environment", "require_shared", "slots"),
     "errors": (
-        "BadInput", "BadRecord", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "EngineDead", "EngineOutOfMemory",
-        "FlyteBatchError", "QueueFull", "TooManyFailures",
+        "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",
+        "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",
     ),
     "pipeline": ("Failure", "Pipeline"),
     "prompts": ("PromptTemplate",),
-    "records": ("Completion", "CostEstimator", "Prompt", "SamplingParameters", "TokenEstimator"),
+    "records": (
+        "Chat", "Completion", "CostEstimator", "Prompt", "SamplingParameters", "StructuredOutput", "TokenEstimator",
+    ),
     "singletons": ("singleton",),
     "worker": ("infer",),
 }  # fmt: skip

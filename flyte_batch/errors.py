@@ -5,11 +5,13 @@ FlyteBatchError
 ├── BatcherError (RuntimeError)
 │   ├── BatcherNotRunning            submit before start() or after stop()
 │   ├── BatcherDied                  the batcher cannot go on; what was pending fails with this, so do later submits
-│   └── QueueFull                    overflow="reject" and no room: shed this load or come back later
+│   ├── QueueFull                    overflow="reject" and no room: shed this load or come back later
+│   └── DeadlineExceeded (TimeoutError)  the record had no result when its timeout_s was over
 ├── EngineError (RuntimeError)
 │   ├── EngineDead                   the engine is gone; its singleton rebuilds it
 │   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
 │   └── BadRecord (ValueError)       this record cannot be inferred (empty, too long, not a text); its neighbours can
+│       └── BadResponse              its response does not have the form that was asked for (cut, no valid JSON)
 └── RunError (RuntimeError)
     ├── ChunkFailed                  chunks failed after all retries; the others are committed, run again to finish
     └── TooManyFailures              more rows failed than max_failure_rate allows
@@ -42,6 +44,10 @@ class QueueFull(BatcherError):
     """``overflow="reject"`` and the queue has no room for the record."""
 
 
+class DeadlineExceeded(BatcherError, TimeoutError):
+    """The record had no result when its ``timeout_s`` was over; it was taken out of the queue or off the device."""
+
+
 class EngineError(FlyteBatchError, RuntimeError):
     """An engine could not infer."""
 
@@ -56,6 +62,10 @@ class EngineOutOfMemory(EngineError):
 
 class BadRecord(EngineError, ValueError):
     """One record that cannot be inferred; the others of its batch are unaffected."""
+
+
+class BadResponse(BadRecord):
+    """The model's response does not have the form that was asked for: it was cut, or is no valid JSON."""
 
 
 class RunError(FlyteBatchError, RuntimeError):

@@ -6,9 +6,9 @@ An engine owns a model and a device. It does not queue, batch or retry; a batche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Completion, Prompt
 
 RecordT = TypeVar("RecordT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
@@ -22,7 +22,7 @@ class Engine(Protocol[RecordT, ResultT_co]):
     block the event loop, and is closed by whoever created it.
     """
 
-    def prepare(self, prompt: Prompt) -> RecordT:
+    def prepare(self, prompt: Prompt | Chat) -> RecordT:
         """Render and tokenise one prompt. Pure CPU work, called on threads, several at once.
 
         Raises:
@@ -47,4 +47,33 @@ class Engine(Protocol[RecordT, ResultT_co]):
 
     async def aclose(self) -> None:
         """Free the model and the device. Closing twice is fine; inferring afterwards raises `EngineDead`."""
+        ...
+
+
+@runtime_checkable
+class ContinuousEngine(Engine[RecordT, Completion], Protocol[RecordT]):
+    """An engine that computes records side by side and takes a new one as soon as another is done: vLLM, SGLang, ...
+
+    A `ContinuousBatcher` keeps it full. Its `infer` is a gathering of `generate`.
+
+    Attributes:
+        slots: most records that it computes at once (vLLM's ``max_num_seqs``).
+        capacity_tokens: tokens of prompts and responses that its memory holds at once (the KV cache).
+    """
+
+    slots: int
+    capacity_tokens: int
+
+    def prompt_ids(self, record: RecordT) -> Sequence[Any]:
+        """The tokens of the record's prompt: their number, and what its prefix is compared by."""
+        ...
+
+    async def generate(self, record: RecordT) -> Completion:
+        """One record's result. Cancelling the call makes the engine forget the record at once.
+
+        Raises:
+            EngineDead: the engine will never answer again.
+            EngineOutOfMemory: too many records at once; fewer may fit.
+            Exception: this record failed; the others go on.
+        """
         ...
