@@ -2,32 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from flyte_batch.engines.messages import content_parts, images_of
 from flyte_batch.errors import BadRecord
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Prompt
 
 
-def require_text(prompt: Prompt) -> None:
-    """Raise unless the prompt is a text with something in it; the system text may be None or empty.
+def require_text(prompt: Prompt | Chat) -> None:
+    """Raise unless the prompt asks something: a text or, as a `Chat`, messages whose last one has a text or an image.
+
+    The system text of a `Prompt` may be None or empty, and so may its text where it has images.
 
     Raises:
-        BadRecord: the text is missing, of another type, empty, only white space, or no valid Unicode.
+        BadRecord: a text is missing, of another type, empty, only white space, or no valid Unicode; messages are no
+            list of mappings with a role and a content; the message names the one at fault by its index, from 0.
     """
-    text, system = prompt.text, prompt.system
+    if isinstance(prompt, Chat):
+        _require_messages(prompt.messages)
+    elif isinstance(prompt, Prompt):
+        _require_prompt(prompt)
+    else:
+        raise BadRecord(f"the prompt is {_kind(prompt)}, not a text, a Prompt or a Chat")
+
+
+def require_no_images(prompt: Prompt | Chat, engine: str) -> None:
+    """`require_text`, for engines that take texts only.
+
+    Args:
+        prompt: any.
+        engine: its name, for the message.
+
+    Raises:
+        BadRecord: as `require_text`, or the prompt has an image.
+    """
+    require_text(prompt)
+    if any(True for _ in images_of(prompt)):
+        raise BadRecord(f"the prompt has an image, and {engine} takes texts only: use a vision model with vLLM")
+
+
+def _require_prompt(prompt: Prompt) -> None:
+    text, system, images = prompt.text, prompt.system, prompt.images
     if not isinstance(text, str):
         raise BadRecord(f"the prompt is {_kind(text)}, not a text")
-    if not text or text.isspace():
+    if not isinstance(images, tuple | list) or not all(image and isinstance(image, str | bytes) for image in images):
+        raise BadRecord("the images are no tuple of bytes, paths or data: URLs, or one of them is missing or empty")
+    if (not text or text.isspace()) and not images:
         raise BadRecord("the prompt is empty")
     if system is not None and not isinstance(system, str):
         raise BadRecord(f"the system text is {_kind(system)}, not a text")
+    _require_unicode(text, "the prompt")
+    _require_unicode(system or "", "the prompt")
+
+
+def _require_messages(messages: Sequence[Mapping[str, object]]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise BadRecord(f"the conversation is {_kind(messages)}, not a list of messages")
+    if not messages:
+        raise BadRecord("the conversation is empty")
+    asked = False
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise BadRecord(f"{where} is {_kind(message)}, not a mapping with 'role' and 'content'")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise BadRecord(f"{where} has no role: it must be a text such as 'user', it is {_kind(role)}")
+        _require_unicode(role, f"{where}.role")
+        asked = False
+        for kind, value in content_parts(message, where):
+            if isinstance(value, str):
+                _require_unicode(value, f"{where}.content")
+            asked = asked or kind == "image" or bool(value and not value.isspace())
+    if not asked:
+        raise BadRecord(f"messages[{len(messages) - 1}], which the model is to answer, is empty")
+
+
+def _require_unicode(text: str, where: str) -> None:
     try:
         text.encode()
-        (system or "").encode()
     except UnicodeEncodeError as error:
         raise BadRecord(
-            f"the prompt is no valid Unicode: {error.object[error.start]!r} at character {error.start} is half of "
+            f"{where} is no valid Unicode: {error.object[error.start]!r} at character {error.start} is half of "
             "a surrogate pair; it was cut or decoded wrongly before it got here"
         ) from error
 
 
 def _kind(value: object) -> str:
-    return "missing (None)" if value is None else f"of type {type(value).__name__}"
+    if value is None:
+        return "missing (None)"
+    return "an empty text" if value == "" else f"of type {type(value).__name__}"

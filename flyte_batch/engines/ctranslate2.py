@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyte_batch.cores import available_cores
+from flyte_batch.engines.checks import require_no_images
 from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser, TokenisedPrompt
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
-from flyte_batch.records import Completion, Prompt, SamplingParameters
+from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters
 
 _log = logging.getLogger(__name__)
 
@@ -164,12 +165,13 @@ class CTranslate2Engine:
         """Most tokens of prompt and response together."""
         return self._tokeniser.context
 
-    def prepare(self, prompt: Prompt) -> TokenisedPrompt:
+    def prepare(self, prompt: Prompt | Chat) -> TokenisedPrompt:
         """Render the chat template and tokenise; for threads. A prompt must leave room for a token of response.
 
         Raises:
-            BadRecord: the prompt can never be inferred; the message says why.
+            BadRecord: the prompt can never be inferred, or has images; the message says why.
         """
+        require_no_images(prompt, "CTranslate2")
         return self._tokeniser.prepare(prompt)
 
     def estimate_cost(self, record: TokenisedPrompt) -> int:

@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from flyte_batch.engines.checks import require_text
+from flyte_batch.engines.checks import require_no_images
+from flyte_batch.engines.messages import messages_of
 from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory
-from flyte_batch.records import Completion, Prompt, SamplingParameters
+from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +96,22 @@ class FakeEngine:
         """As the real engines' ``start``; the constructor takes everything else."""
         return cls(answer, sampling=sampling, context=context)
 
-    def prepare(self, prompt: Prompt) -> FakeRecord:
-        """Count words.
+    def prepare(self, prompt: Prompt | Chat) -> FakeRecord:
+        """Count the words of all messages; the text of the last one is what is answered.
 
         Raises:
-            BadRecord: no text or an empty one (`require_text`), or as many words as the context or more.
+            BadRecord: no text or an empty one, or images (`require_no_images`), or as many words as the context or
+                more.
         """
-        require_text(prompt)
-        words = [*(prompt.system or "").split(), *prompt.text.split()]
+        require_no_images(prompt, "the fake engine")
+        texts = [message["content"] for message in messages_of(prompt)]
+        words = [word for text in texts for word in text.split()]
         if len(words) >= self.context:
             raise BadRecord(
                 f"the prompt has {len(words)} tokens, the model's context holds {self.context} with the response: "
                 "shorten it, or leave out rows like it"
             )
-        return FakeRecord(prompt.text, len(words), min(self._sampling.max_tokens, self.context - len(words)))
+        return FakeRecord(texts[-1], len(words), min(self._sampling.max_tokens, self.context - len(words)))
 
     def estimate_cost(self, record: FakeRecord) -> int:
         """Tokens of the prompt plus tokens it may generate."""

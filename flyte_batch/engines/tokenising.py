@@ -1,4 +1,4 @@
-"""From a `Prompt` to token ids: chat template, tokenizer and the limits of a model folder.
+"""From a `Prompt` or a `Chat` to token ids: chat template, tokenizer and the limits of a model folder.
 
 Kept apart from any engine: it needs ``tokenizers`` and jinja2, not the library that runs the model. Templates are
 rendered the way transformers' ``apply_chat_template`` renders them
@@ -19,8 +19,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flyte_batch.engines.checks import require_text
+from flyte_batch.engines.messages import messages_of
 from flyte_batch.errors import BadInput, BadRecord
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Prompt
 
 if TYPE_CHECKING:
     from jinja2.parser import Parser
@@ -39,10 +40,12 @@ class TokenisedPrompt:
     Attributes:
         ids: the prompt's tokens, template included.
         limit: most tokens to generate: ``max_tokens``, or what the context has left where that is less.
+        seed: the prompt's own, for sampling; None for none.
     """
 
     ids: array[int]
     limit: int
+    seed: int | None = None
 
     def estimate_cost(self) -> int:
         """Tokens of the prompt plus tokens it may generate: what it takes of the device's memory at most."""
@@ -98,15 +101,13 @@ class ChatTemplate:
         except TemplateError as error:
             raise BadInput(f"the model's chat template is not valid jinja2: {error}; pass chat=False") from error
 
-    def render(self, prompt: Prompt) -> str:
-        """The text that asks the model for an answer to ``prompt``.
+    def render(self, prompt: Prompt | Chat) -> str:
+        """The text that asks the model for an answer to ``prompt``: to its text, or to the last of its messages.
 
         Raises:
             BadRecord: the template refuses these messages, for example a system text it knows no place for.
         """
-        messages = [{"role": "user", "content": prompt.text}]
-        if prompt.system is not None:
-            messages.insert(0, {"role": "system", "content": prompt.system})
+        messages = messages_of(prompt)
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
@@ -116,7 +117,7 @@ class ChatTemplate:
 
 
 class PromptTokeniser:
-    """`Prompt` to `TokenisedPrompt` for one model folder, and token ids back to text. Safe from several threads.
+    """`Prompt` or `Chat` to `TokenisedPrompt` for one model folder, and ids back to text. Safe from several threads.
 
     Args:
         tokenizer: the model's tokenizer, without truncation and padding.
@@ -136,15 +137,13 @@ class PromptTokeniser:
         # A token stands for no more characters than it is long: what is longer than this cannot fit.
         self._most_characters = context * max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
 
-    def prepare(self, prompt: Prompt) -> TokenisedPrompt:
-        """Render and tokenise one prompt.
+    def prepare(self, prompt: Prompt | Chat) -> TokenisedPrompt:
+        """Render and tokenise one prompt. Of images only their place in the text is tokenised.
 
         Raises:
-            BadRecord: the prompt is not a text, is empty, is no valid Unicode, is refused by the chat template, or
-                leaves no room for a single token of response.
+            BadRecord: as `render`, or the prompt leaves no room for a single token of response.
         """
-        require_text(prompt)
-        text = self._render(prompt)
+        text = self.render(prompt)
         if len(text) > self._most_characters:  # before tokenising, which takes seconds and gigabytes for megabytes
             raise BadRecord(
                 f"the prompt has {len(text):,} characters, so more than {self.context} tokens, the model's context "
@@ -162,11 +161,23 @@ class PromptTokeniser:
                 f"the prompt has {len(ids)} tokens, the model's context holds {self.context} with the response: "
                 "shorten it, or leave out rows like it"
             )
-        return TokenisedPrompt(array("I", ids), min(self._max_tokens, self.context - len(ids)))
+        return TokenisedPrompt(array("I", ids), min(self._max_tokens, self.context - len(ids)), prompt.seed)
 
-    def _render(self, prompt: Prompt) -> str:
+    def render(self, prompt: Prompt | Chat) -> str:
+        """The text that the model is fed, special tokens of the template included.
+
+        Raises:
+            BadRecord: the prompt is not a text or conversation, is empty, is no valid Unicode, or is refused by the
+                chat template; a conversation for a model that has no chat template.
+        """
+        require_text(prompt)
         if self.template is not None:
             return self.template.render(prompt)
+        if isinstance(prompt, Chat):
+            raise BadRecord(
+                "the prompt is a conversation, and no chat template says how the model reads one: use a model that "
+                "has a template ('instruct' or 'chat' in its name; not chat=False), or make one text of the messages"
+            )
         return f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
 
 

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from flyte_batch.demo import model_path
+from flyte_batch.engines.checks import require_no_images
+from flyte_batch.engines.messages import images_of, messages_of
 from flyte_batch.engines.tokenising import ChatTemplate, ModelFolder, PromptTokeniser
 from flyte_batch.errors import BadInput, BadRecord
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Prompt
 
 CHATML = (
     "{%- for m in messages -%}\n    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' -}}\n"
@@ -192,3 +194,147 @@ class TestTokenising:
         assert 1 <= len(prompt.ids) < 100
         assert 1 <= prompt.limit <= 30
         assert prompt.estimate_cost() <= 100
+
+    def test_keeps_the_prompts_seed(self, tokeniser: PromptTokeniser) -> None:
+        assert tokeniser.prepare(Prompt("Hi", seed=7)).seed == 7
+        assert tokeniser.prepare(Chat([user("Hi")], seed=0)).seed == 0
+        assert tokeniser.prepare(Prompt("Hi")).seed is None
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "image_url": None}  # as a struct column of a Parquet file gives it
+
+
+PICTURE = "data:image/png;base64,AA=="
+
+
+class TestAConversation:
+    def test_reaches_the_template_turn_by_turn(self) -> None:
+        turns = [user("1 + 1?"), {"role": "assistant", "content": "2"}, user("And 2 + 2?")]
+        assert ChatTemplate(CHATML, {}).render(Chat(turns)) == (
+            "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+            "<|im_start|>user\nAnd 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("prompt", "chat"),
+        [
+            (Prompt("Hi"), Chat([user("Hi")])),
+            (Prompt("Hi", "Sys"), Chat([{"role": "system", "content": "Sys"}, user("Hi")])),
+            (Prompt("Hi"), Chat([user([text_part("Hi")])])),
+        ],
+    )
+    def test_of_one_question_is_the_same_as_a_prompt(
+        self, tokeniser: PromptTokeniser, prompt: Prompt, chat: Chat
+    ) -> None:
+        assert tokeniser.render(prompt) == tokeniser.render(chat)
+        assert tokeniser.prepare(prompt) == tokeniser.prepare(chat)
+
+    def test_gets_the_parts_of_a_text_as_one_text(self) -> None:
+        (message,) = messages_of(Chat([user([text_part("a"), "b", text_part("c")])]))
+        assert message == user("a\nb\nc")
+
+    def test_counts_a_null_field_as_none_and_hands_the_others_on(self) -> None:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}], "name": None}
+        first, second = messages_of(Chat([call, user("Hi", name="Ben", tool_calls=None)]))
+        assert first == {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+        assert second == user("Hi", name="Ben")
+
+    def test_leaves_the_users_messages_as_they_are(self) -> None:
+        message = user([text_part("a")], name=None)
+        messages_of(Chat([message]))
+        assert message == user([text_part("a")], name=None)
+
+    def test_for_a_model_without_a_template_is_a_bad_record(self, tokeniser: PromptTokeniser) -> None:
+        plain = PromptTokeniser(tokeniser.tokenizer, None, 100, 30)
+        with pytest.raises(BadRecord, match="use a model that has a template"):
+            plain.prepare(Chat([user("Hi")]))
+
+    @pytest.mark.parametrize(
+        ("messages", "why"),
+        [
+            ([], "conversation is empty"),
+            (None, "missing"),
+            ("Hi", "of type str, not a list"),
+            (["Hi"], r"messages\[0\] is of type str"),
+            ([user("Hi"), None], r"messages\[1\] is missing"),
+            ([{"content": "Hi"}], r"messages\[0\] has no role.*missing"),
+            ([{"role": "", "content": "Hi"}], r"messages\[0\] has no role.*empty"),
+            ([{"role": 3, "content": "Hi"}], r"messages\[0\] has no role.*type int"),
+            ([{"role": "\ud800", "content": "Hi"}], r"messages\[0\].role is no valid Unicode"),
+            ([user("Hi"), user(None)], r"messages\[1\] has no content"),
+            ([user(None, tool_calls=None)], r"messages\[0\] has no content"),
+            ([user(7), user("Hi")], r"messages\[0\].content is of type int"),
+            ([user(b"Hi")], r"messages\[0\].content is of type bytes"),
+            ([user("a\ud800")], r"messages\[0\].content is no valid Unicode.*character 1"),
+            ([user([text_part("\ud800")])], r"messages\[0\].content is no valid Unicode"),
+            ([user("Hi"), user(" ")], r"messages\[1\], which the model is to answer, is empty"),
+            ([user([])], r"messages\[0\], which the model is to answer, is empty"),
+            ([user(["Hi", 3])], r"messages\[0\].content\[1\] is of type int"),
+            ([user([{"type": "text", "text": None}])], r"messages\[0\].content\[0\] is a text part without a text"),
+            ([user([{"type": "video", "video": "a.mp4"}])], r"messages\[0\].content\[0\] has the type 'video'"),
+            ([user([{"type": "image_url", "image_url": None}])], r"content\[0\] is an image part without an image"),
+        ],
+    )
+    def test_that_cannot_be_answered_is_refused_and_its_message_named(
+        self, tokeniser: PromptTokeniser, messages: Any, why: str
+    ) -> None:
+        with pytest.raises(BadRecord, match=why):
+            tokeniser.prepare(Chat(messages))
+
+    def test_is_a_prompt_or_a_chat_and_nothing_else(self, tokeniser: PromptTokeniser) -> None:
+        with pytest.raises(BadRecord, match="of type dict, not a text, a Prompt or a Chat"):
+            tokeniser.prepare(cast(Prompt, {"role": "user"}))
+
+
+class TestPictures:
+    def test_stand_before_the_text_of_a_prompt(self) -> None:
+        prompt = Prompt("What is it?", images=(b"png", "cat.jpg"))
+        (message,) = messages_of(prompt)
+        assert message["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is it?"}]
+        assert list(images_of(prompt)) == [b"png", "cat.jpg"]
+
+    def test_stand_where_a_conversation_has_them(self) -> None:
+        chat = Chat(
+            [
+                user([{"type": "image_url", "image_url": {"url": PICTURE, "detail": None}}, text_part("This?")]),
+                {"role": "assistant", "content": "A cat."},
+                user([text_part("And"), {"type": "image", "image": {"bytes": b"png", "path": None}}, text_part("?")]),
+            ]
+        )
+        first, _, last = messages_of(chat)
+        assert first["content"] == [{"type": "image"}, {"type": "text", "text": "This?"}]
+        assert [part["type"] for part in last["content"]] == ["text", "image", "text"]
+        assert list(images_of(chat)) == [PICTURE, b"png"]
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            {"type": "image_url", "image_url": "a.png"},
+            {"type": "image", "image": "a.png"},
+            {"type": "image", "url": "a.png", "image": None},
+            {"type": "image", "path": "a.png"},
+            {"type": "image", "image": {"bytes": None, "path": "a.png"}},
+        ],
+    )
+    def test_may_be_spelled_as_openai_transformers_or_datasets_do(self, part: dict[str, Any]) -> None:
+        assert list(images_of(Chat([user([part])]))) == ["a.png"]
+
+    def test_are_enough_to_ask(self) -> None:
+        template = ChatTemplate("{% for part in messages[0].content %}<{{ part.type }}>{% endfor %}", {})
+        assert template.render(Prompt("", images=(b"png",))) == "<image>"
+
+    @pytest.mark.parametrize("prompt", [Prompt("Hi", images=(b"png",)), Chat([user([{"type": "image", "url": "a"}])])])
+    def test_are_refused_by_engines_for_texts(self, prompt: Prompt | Chat) -> None:
+        with pytest.raises(BadRecord, match="takes texts only"):
+            require_no_images(prompt, "this one")
+        require_no_images(Prompt("Hi"), "this one")
+
+    @pytest.mark.parametrize("images", ["a.png", (b"",), (None,), None])
+    def test_that_are_none_are_a_bad_record(self, tokeniser: PromptTokeniser, images: Any) -> None:
+        with pytest.raises(BadRecord, match="the images are no tuple"):
+            tokeniser.prepare(Prompt("Hi", images=images))
