@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flyte_batch.engines.base import ContinuousEngine as ContinuousEngine
     from flyte_batch.engines.base import Engine as Engine
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine as CTranslate2Engine
+    from flyte_batch.engines.fake import FakeContinuousEngine as FakeContinuousEngine
     from flyte_batch.engines.fake import FakeEngine as FakeEngine
     from flyte_batch.environments import driver_environment as driver_environment
     from flyte_batch.environments import replica_environment as replica_environment
@@ -61,7 +62,7 @@ _HOMES = {
     "driver": ("RunSummary", "run"),
     "engines.base": ("ContinuousEngine", "Engine"),
     "engines.ctranslate2": ("CTranslate2Engine",),
-    "engines.fake": ("FakeEngine",),
+    "engines.fake": ("FakeContinuousEngine", "FakeEngine"),
     "environments": ("driver_environment", "replica_environment", "require_shared", "slots"),
     "errors": (
         "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",

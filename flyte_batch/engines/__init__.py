@@ -10,12 +10,21 @@ from flyte_batch.engines.base import Engine
 if TYPE_CHECKING:
     from flyte_batch.engines.choice import EngineChoice, choose_engine, start_engine
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine
-    from flyte_batch.engines.fake import FakeEngine
+    from flyte_batch.engines.fake import FakeContinuousEngine, FakeEngine
 
-__all__ = ["CTranslate2Engine", "Engine", "EngineChoice", "FakeEngine", "choose_engine", "start_engine"]
+__all__ = [
+    "CTranslate2Engine",
+    "Engine",
+    "EngineChoice",
+    "FakeContinuousEngine",
+    "FakeEngine",
+    "choose_engine",
+    "start_engine",
+]
 
 _HOMES = {
     "CTranslate2Engine": "ctranslate2",
+    "FakeContinuousEngine": "fake",
     "FakeEngine": "fake",
     "EngineChoice": "choice",
     "choose_engine": "choice",

@@ -28,7 +28,7 @@ def messages_of(prompt: Prompt | Chat) -> list[dict[str, Any]]:
         BadRecord: a `Chat`'s content is no text and no list of text and image parts.
     """
     if isinstance(prompt, Prompt):
-        content: str | list[dict[str, str]] = prompt.text
+        content: Any = prompt.text
         if prompt.images:
             content = [{"type": "image"} for _ in prompt.images]
             content += [{"type": "text", "text": prompt.text}] if prompt.text else []
