@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flyte_batch.batching import BatchStats as BatchStats
+    from flyte_batch.batching import ContinuousBatcher as ContinuousBatcher
     from flyte_batch.batching import DynamicBatcher as DynamicBatcher
     from flyte_batch.batching import EngineBatcher as EngineBatcher
     from flyte_batch.batching import TokenBatcher as TokenBatcher
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from flyte_batch.worker import infer as infer
 
 _HOMES = {
-    "batching": ("BatchStats", "DynamicBatcher", "EngineBatcher", "TokenBatcher"),
+    "batching": ("BatchStats", "ContinuousBatcher", "DynamicBatcher", "EngineBatcher", "TokenBatcher"),
     "data.chunks": ("Chunk", "ChunkReport"),
     "data.output": ("read_output",),
     "driver": ("RunSummary", "run"),

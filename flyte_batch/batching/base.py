@@ -2,7 +2,7 @@
 
 All decisions are taken synchronously, on the batcher's event loop, at the moment that makes them possible: a record is
 admitted by whoever frees the room, not by its caller when that wakes up. Callers and the one dispatcher task only wait.
-What leaves the queue, when, and what is done with it is the subclass's `_serve`.
+What leaves the queue, when, and what is done with it is the subclass's.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import logging
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
 
+from flyte_batch.batching.checks import finite_number
 from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
+from flyte_batch.batching.lanes import PENDING, MapLane, ResultFuture, SubmitLane, fail, new_future
 from flyte_batch.batching.packing import Backlog, Batch, Lane
-from flyte_batch.batching.processing import as_failure
 from flyte_batch.batching.stats import BatchStats, Meter
-from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, QueueFull
+from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, DeadlineExceeded, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -42,138 +42,6 @@ class State(Enum):
     STOPPING = "is stopping"
     STOPPED = "was stopped"
     DIED = "died"
-
-
-class ResultFuture(asyncio.Future[ResultT]):
-    """A submitted record's future. Cancelling it takes the record out of the queue at once."""
-
-    __slots__ = ("cost", "lane")
-
-    cost: float
-    lane: SubmitLane[Any, ResultT] | None
-    """Where the record waits; None before and after."""
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        cancelled = super().cancel(msg)
-        if cancelled and self.lane is not None:
-            lane, self.lane = self.lane, None
-            lane.owner._abandon(lane, self)
-        return cancelled
-
-
-def _new_future(cost: float, loop: asyncio.AbstractEventLoop) -> ResultFuture[Any]:
-    # Not an __init__: one written in Python takes longer than all that the C class does.
-    future: ResultFuture[Any] = ResultFuture(loop=loop)
-    future.cost = cost
-    future.lane = None
-    return future
-
-
-class SubmitLane(Lane[RecordT, ResultT]):
-    """The records that one task submitted, or one call of ``submit_batch``; their tickets are futures."""
-
-    __slots__ = ("owner", "task")
-
-    def __init__(self, owner: Batcher[RecordT, ResultT], task: asyncio.Task[Any] | None) -> None:
-        super().__init__()
-        self.owner = owner
-        self.task = task
-
-    def queued(self, tickets: Sequence[ResultFuture[ResultT]]) -> None:
-        for future in tickets:
-            future.lane = self
-        if self.task is not None:
-            self.owner._lanes[self.task] = self
-
-    def wants(self, ticket: ResultFuture[ResultT]) -> bool:
-        return not ticket.done()
-
-    def taken(self, tickets: Sequence[ResultFuture[ResultT]]) -> None:
-        for future in tickets:
-            future.lane = None
-
-    def emptied(self) -> None:
-        if self.task is not None:
-            self.owner._lanes.pop(self.task, None)
-
-    def deliver(
-        self, tickets: Sequence[ResultFuture[ResultT]], outcomes: Sequence[ResultT | BaseException], failures: int
-    ) -> None:
-        for future, outcome in zip(tickets, outcomes, strict=True):
-            if future.done():
-                continue
-            if failures and isinstance(outcome, BaseException):
-                _fail(future, outcome)
-            else:
-                future.set_result(outcome)  # type: ignore[arg-type]
-
-
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    with _even_if_its_loop_is_closed(future):
-        future.set_exception(as_failure(error))
-
-
-@contextmanager
-def _even_if_its_loop_is_closed(future: asyncio.Future[Any]) -> Iterator[None]:
-    """Resolve a future although whoever waited for it, on a loop that is closed, cannot be woken any more."""
-    try:
-        yield
-    except RuntimeError:
-        if not future.get_loop().is_closed():
-            raise
-
-
-class MapLane(Lane[RecordT, ResultT]):
-    """The records of one call of ``map``; their tickets are places in its results. The call has a single waiter."""
-
-    __slots__ = ("abandoned", "error", "refill_at", "results", "unresolved", "waiter")
-
-    def __init__(self, refill_at: int) -> None:
-        super().__init__()
-        self.results: list[Any] = []
-        self.unresolved = 0
-        self.abandoned = False
-        self.refill_at = refill_at
-        """The call is woken for more records when so few are queued; below 0 once it has no more."""
-        self.error: BaseException | None = None
-        """The first record's that failed."""
-        self.waiter: asyncio.Future[None] | None = None
-
-    def queued(self, tickets: Sequence[int]) -> None:
-        self.unresolved += len(tickets)
-
-    def wants(self, ticket: int) -> bool:
-        return not self.abandoned
-
-    def taken(self, tickets: Sequence[int]) -> None:
-        if len(self.records) <= self.refill_at:
-            self.wake()
-
-    def deliver(self, tickets: Sequence[int], outcomes: Sequence[ResultT | BaseException], failures: int) -> None:
-        results = self.results
-        for place, outcome in zip(tickets, outcomes, strict=True):
-            results[place] = outcome
-        self.unresolved -= len(tickets)
-        if failures:
-            for place in tickets:
-                if isinstance(results[place], BaseException):
-                    results[place] = as_failure(results[place])
-                    self.error = self.error or results[place]
-        if failures or not self.unresolved:
-            self.wake()
-
-    def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            with _even_if_its_loop_is_closed(self.waiter):
-                self.waiter.set_result(None)
-
-    async def progress(self) -> None:
-        """Wait until there is room for more records, a failure, or the end."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
 
 
 class _Arrival(Generic[RecordT, ResultT]):
@@ -205,6 +73,14 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     A batcher belongs to the event loop that started it. Its task runs in an empty `contextvars.Context`: it serves many
     callers, and must not carry the context of the one that happened to start it.
+
+    Args:
+        backlog: what waits.
+        costs: finds the cost of a record.
+        max_queue_size: most records that wait.
+        stride: records that map and submit_batch queue at a time.
+        window: records that map draws, and a subclass may put into another order (`_arranged`), at a time.
+        overflow: what a full queue does to a submit.
     """
 
     def __init__(
@@ -214,6 +90,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         costs: CostModel,
         max_queue_size: int,
         stride: int,
+        window: int | None = None,
         overflow: Overflow,
     ) -> None:
         self._backlog = backlog
@@ -222,6 +99,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         # What map and submit_batch queue at a time. Twice that is enough for the next batch to be ready when the
         # device becomes free, and leaves the rest of the queue to others.
         self._stride = min(stride, max_queue_size)
+        self._window = max(self._stride, window or 0)
         self._overflow = overflow
         self._meter = Meter()
         self._state = State.NEW
@@ -231,10 +109,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._now: Callable[[], float] = time.monotonic
         self._task: asyncio.Task[None] | None = None
         self._nudge: asyncio.Future[None] | None = None
-        self._lanes: dict[object, SubmitLane[RecordT, ResultT]] = {}
+        self.lanes: dict[object, SubmitLane[RecordT, ResultT]] = {}
         self._arrivals: deque[_Arrival[RecordT, ResultT]] = deque()
         self._open_calls = 0
-        self._on_device: list[Batch[RecordT, ResultT]] = []
         self._call_under_way: object = None
 
     # -- What a subclass adds ---------------------------------------------
@@ -244,11 +121,22 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         """The dispatcher: take from the backlog and run, until `_is_drained`."""
 
     @abc.abstractmethod
-    def _is_due(self) -> bool:
-        """Whether something of what waits should leave now, however young it is."""
+    def _arrived(self, was_empty: bool) -> None:
+        """Records have come into the backlog, which held none if ``was_empty``."""
+
+    @abc.abstractmethod
+    def _take_back(self) -> list[Batch[RecordT, ResultT]]:
+        """What is on the device and not resolved, for a batcher that cannot go on. Nobody will ask for it again."""
+
+    def _arranged(self, records: Sequence[RecordT], costs: Sequence[float]) -> Sequence[int] | None:
+        """In which order to queue some records of one call; None for the order in which they came."""
+        return None
+
+    def _recall(self, lane: MapLane[RecordT, ResultT]) -> None:
+        """Stop what is on the device of a map's records that it does not want any more, where that can be done."""
 
     def _release(self) -> None:
-        """Let go of what `_serve` held, after it ended."""
+        """Let go of what the batcher held, after it ended."""
 
     # -- Life --------------------------------------------------------------
 
@@ -355,19 +243,19 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._state = State.DIED
         self._cause_of_death = cause
         # A program that ends cancels every task of its loop: with nothing waiting, nobody has lost anything by it.
-        lost = self._on_device or self._arrivals or len(self._backlog) or not isinstance(cause, asyncio.CancelledError)
+        on_device = self._take_back()
+        lost = on_device or self._arrivals or len(self._backlog) or not isinstance(cause, asyncio.CancelledError)
         level = logging.ERROR if lost else logging.DEBUG
         logger.log(level, "%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
         self._meter.enter("off")
-        self._meter.running = 0
-        for batch in (*self._on_device, self._backlog.take_all()):
+        self._meter.on_device(0)
+        for batch in (*on_device, self._backlog.take_all()):
             self._settle(batch, [self._death() for _ in range(len(batch))])
-        self._on_device.clear()
         for arrival in self._arrivals:
             if not arrival.admitted.done():
-                _fail(arrival.admitted, self._death())
+                fail(arrival.admitted, self._death())
         self._arrivals.clear()
-        self._lanes.clear()
+        self.lanes.clear()
         self._release()
 
     def _death(self) -> BatcherDied:
@@ -402,13 +290,17 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     # -- Taking records ----------------------------------------------------
 
-    async def submit(self, record: RecordT, *, estimated_cost: float | None = None) -> asyncio.Future[ResultT]:
+    async def submit(
+        self, record: RecordT, *, estimated_cost: float | None = None, timeout_s: float | None = None
+    ) -> asyncio.Future[ResultT]:
         """Queue one record; waits while the queue is full.
 
         Args:
             record: what ``process_fn`` gets.
             estimated_cost: its cost. None asks ``cost_estimator``, then ``record.estimate_cost()``, then takes
                 ``default_cost``.
+            timeout_s: seconds from now after which its future fails with `DeadlineExceeded` if it has no result. It is
+                then taken out of the queue, and off a device that can give it back. None waits for ever.
 
         Returns:
             A future of the record's result. Cancelling it takes the record out of the queue.
@@ -423,28 +315,27 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         loop = self._check_caller()
         given = estimated_cost
         cost = self._costs.cost_of(record) if given is None else checked_cost(given, "estimated_cost")
+        deadline = self._deadline(timeout_s)
         task = asyncio.current_task(loop)
-        lane = self._lanes.get(task)
+        lane = self.lanes.get(task)
         if lane is None:
             lane = SubmitLane(self, task)
-        future: ResultFuture[ResultT] = _new_future(cost, loop)
+        future: ResultFuture[ResultT] = new_future(cost, loop)
         if self._has_room(1):
             self._push(lane, [record], [cost], [future])
-            return future
-        self._refuse_if_no_room(1)
-        self._open_calls += 1
-        try:
-            await self._admit(lane, [record], [cost], [future])
-        except BaseException:
-            # The room may have come in the same tick as the cancellation.
-            future.cancel()
-            raise
-        finally:
-            self._close_call()
+        else:
+            self._refuse_if_no_room(1)
+            await self._enter(lane, [record], [cost], [future], deadline)
+        if deadline is not None:
+            self._expire_at(deadline, [future])
         return future
 
     async def submit_batch(
-        self, records: Sequence[RecordT], *, estimated_cost: Sequence[float] | None = None
+        self,
+        records: Sequence[RecordT],
+        *,
+        estimated_cost: Sequence[float] | None = None,
+        timeout_s: float | None = None,
     ) -> list[asyncio.Future[ResultT]]:
         """Queue several records, all or none, and return their futures. `map` does it at a fraction of the effort.
 
@@ -456,28 +347,52 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         loop = self._check_caller()
         records = list(records)
         costs = self._costs_for(records, estimated_cost)
+        deadline = self._deadline(timeout_s)
         self._refuse_if_no_room(len(records))
         lane = SubmitLane[RecordT, ResultT](self, None)
-        futures: list[ResultFuture[ResultT]] = [_new_future(cost, loop) for cost in costs]
+        futures: list[ResultFuture[ResultT]] = [new_future(cost, loop) for cost in costs]
+        order = self._arranged(records, costs)
+        if order is None:
+            await self._enter(lane, records, costs, futures, deadline)
+        else:
+            arranged = [records[i] for i in order], [costs[i] for i in order], [futures[i] for i in order]
+            await self._enter(lane, *arranged, deadline)
+        if deadline is not None:
+            self._expire_at(deadline, futures)
+        return list(futures)
+
+    async def _enter(
+        self,
+        lane: SubmitLane[RecordT, ResultT],
+        records: list[RecordT],
+        costs: list[float],
+        futures: list[ResultFuture[ResultT]],
+        deadline: float | None,
+    ) -> None:
+        """Queue records as room comes, or none of them; their futures fail if none came before the deadline."""
         self._open_calls += 1
         try:
-            for start in range(0, len(records), self._stride):
-                part = slice(start, start + self._stride)
-                await self._admit(lane, records[part], costs[part], futures[part])
-        except BaseException:
-            # Nobody will ever hold these futures.
+            async with asyncio.timeout_at(deadline) as limit:
+                for start in range(0, len(records), self._stride):
+                    part = slice(start, start + self._stride)
+                    await self._admit(lane, records[part], costs[part], futures[part])
+        except BaseException as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                self._expire(futures)
+                return
+            # Nobody will ever hold these futures. The room may have come in the same tick as a cancellation.
             for future in futures:
                 future.cancel()
             raise
         finally:
             self._close_call()
-        return list(futures)
 
     async def map(
         self,
         records: Iterable[RecordT],
         *,
         estimated_cost: Sequence[float] | None = None,
+        timeout_s: float | None = None,
         return_exceptions: bool = False,
     ) -> list[ResultT]:
         """The results of all records, in order. Waits once for all of them: no future or task per record.
@@ -488,6 +403,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         Args:
             records: what ``process_fn`` gets.
             estimated_cost: one a record; None as for `submit`.
+            timeout_s: as for `submit`, for each record from when it is queued.
             return_exceptions: put a failed record's exception in its place instead of raising the first.
 
         Raises:
@@ -496,11 +412,12 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
             Exception: as `submit`, and the first failed record's error.
         """
         self._check_caller()
+        self._deadline(timeout_s)
         self._refuse_if_no_room(1)
         lane = MapLane[RecordT, ResultT](refill_at=self._stride)
         self._open_calls += 1
         try:
-            await self._feed(lane, records, estimated_cost, return_exceptions)
+            await self._feed(lane, records, estimated_cost, timeout_s, return_exceptions)
             lane.refill_at = -1
             while lane.unresolved and (return_exceptions or lane.error is None):
                 await lane.progress()
@@ -509,7 +426,11 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
             return lane.results
         finally:
             lane.abandoned = True
+            for timer in lane.timers:
+                timer.cancel()
             self._meter.abandoned += self._backlog.discard(lane)
+            if lane.unresolved:
+                self._recall(lane)
             self._room_was_made()
             self._close_call()
 
@@ -518,33 +439,41 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         lane: MapLane[RecordT, ResultT],
         records: Iterable[RecordT],
         estimated_cost: Sequence[float] | None,
+        timeout_s: float | None,
         return_exceptions: bool,
     ) -> None:
         """Queue a map's records stride by stride, as the device takes them."""
         source = iter(records)
         start = 0
-        while some := list(islice(source, self._stride)):
+        while some := list(islice(source, self._window)):
             places = list(range(start, start + len(some)))
             given = None if estimated_cost is None else estimated_cost[start : start + len(some)]
             start += len(some)
-            lane.results += [None] * len(some)
+            lane.results += [PENDING] * len(some)
             try:
                 costs = self._costs_for(some, given)
             except Exception:
                 if not return_exceptions:
                     raise
                 some, costs, places = self._those_with_a_cost(lane, some, given, places)
-            try:
-                await self._admit(lane, some, costs, places)
-            except BatcherDied:
-                if not return_exceptions:
-                    raise
-                for place in places:
-                    lane.results[place] = self._death()
-            while len(lane) > lane.refill_at and (return_exceptions or lane.error is None):
-                await lane.progress()
-            if lane.error is not None and not return_exceptions:
-                return
+            order = self._arranged(some, costs)
+            if order is not None:
+                some, costs, places = [some[i] for i in order], [costs[i] for i in order], [places[i] for i in order]
+            for at in range(0, len(some), self._stride):
+                part = slice(at, at + self._stride)
+                try:
+                    await self._admit(lane, some[part], costs[part], places[part])
+                except BatcherDied:
+                    if not return_exceptions:
+                        raise
+                    for place in places[part]:
+                        lane.results[place] = self._death()
+                if timeout_s is not None:
+                    self._expire_places_at(self._now() + timeout_s, lane, places[part], costs[part])
+                while len(lane) > lane.refill_at and (return_exceptions or lane.error is None):
+                    await lane.progress()
+                if lane.error is not None and not return_exceptions:
+                    return
         if estimated_cost is not None and len(estimated_cost) != start:
             raise _length_mismatch(len(estimated_cost), start)
 
@@ -574,6 +503,57 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         if len(given) != len(records):
             raise _length_mismatch(len(given), len(records))
         return checked_costs(given, "estimated_cost")
+
+    # -- Deadlines ---------------------------------------------------------
+
+    def _deadline(self, timeout_s: float | None) -> float | None:
+        """When a timeout that begins now is over, on the loop's clock.
+
+        Raises:
+            TypeError, BadInput: it is no usable number of seconds.
+        """
+        if timeout_s is None:
+            return None
+        finite_number("timeout_s", timeout_s, remedy="give seconds, or None to wait for ever")
+        return self._now() + timeout_s
+
+    def _expire_at(self, deadline: float, futures: Sequence[ResultFuture[ResultT]]) -> None:
+        timer = asyncio.get_running_loop().call_at(deadline, self._expire, futures)
+        left = len(futures)
+
+        def resolved(_: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:  # a timer that goes on would keep the results
+                timer.cancel()
+
+        for future in futures:
+            future.add_done_callback(resolved)
+
+    def _expire(self, futures: Sequence[ResultFuture[ResultT]]) -> None:
+        for future in futures:
+            if not future.done():
+                self._meter.expired += 1
+                fail(future, _too_late())
+                future.let_go()
+
+    def _expire_places_at(
+        self, deadline: float, lane: MapLane[RecordT, ResultT], places: list[int], costs: list[float]
+    ) -> None:
+        def expire() -> None:
+            late = {place: cost for place, cost in zip(places, costs, strict=True) if lane.wants(place)}
+            if not late:
+                return
+            self._meter.expired += len(late)
+            waiting = [place for place in lane.tickets if place in late and place not in (lane.dropped or ())]
+            for place in waiting:
+                self._backlog.drop(lane, place, late[place])
+            self._meter.abandoned += len(waiting)
+            lane.deliver(list(late), [_too_late() for _ in late], len(late))
+            self._recall(lane)
+            self._room_was_made()
+
+        lane.timers.append(asyncio.get_running_loop().call_at(deadline, expire))
 
     # -- The queue's bound -------------------------------------------------
 
@@ -632,10 +612,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._meter.submitted += len(records)
         if was_empty and self._meter.phase == "starved":
             self._meter.enter("assembling")
-        if self._nudge is not None and not self._nudge.done() and (was_empty or self._is_due()):
-            self._nudge.set_result(None)
+        self._arrived(was_empty)
 
-    def _abandon(self, lane: SubmitLane[RecordT, ResultT], future: ResultFuture[ResultT]) -> None:
+    def abandon(self, lane: SubmitLane[RecordT, ResultT], future: ResultFuture[ResultT]) -> None:
         """A caller gave up on a record that waits."""
         self._backlog.drop(lane, future, future.cost)
         self._meter.abandoned += 1
@@ -696,3 +675,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
 def _length_mismatch(costs: int, records: int) -> BadInput:
     return BadInput(f"estimated_cost has {costs} items for {records} records; give one cost a record, or None")
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the record had no result when its timeout_s was over: allow more, or send less at once")

@@ -127,6 +127,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         self._batch_timeout_s = batch_timeout_s
         self._isolate_failures = isolate_failures
         self._budget = target_batch_cost
+        # Batches that are left to do of the one that was taken last; the last of the list is on the device.
+        self._on_device: list[Batch[RecordT, ResultT]] = []
 
     _cost_methods: tuple[str, ...] = ("estimate_cost",)
 
@@ -148,7 +150,17 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                     continue
             await self._run()
 
+    def _arrived(self, was_empty: bool) -> None:
+        if self._nudge is not None and not self._nudge.done() and (was_empty or self._is_due()):
+            self._nudge.set_result(None)
+
+    def _take_back(self) -> list[Batch[RecordT, ResultT]]:
+        batches = self._on_device[:]
+        self._on_device.clear()
+        return batches
+
     def _is_due(self) -> bool:
+        """Whether a batch should leave now, however young its records are."""
         waiting = len(self._backlog)
         if not waiting:
             return False
@@ -172,7 +184,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 todo.pop()
                 continue
             self._meter.enter("busy")
-            self._meter.running = len(batch)
+            self._meter.on_device(len(batch))
             outcome = await self._processor.call(batch.records)
             self._count(batch)
             if isinstance(outcome, list):
@@ -220,8 +232,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             raise error
 
     def _count(self, batch: Batch[RecordT, ResultT]) -> None:
-        self._meter.running = 0
-        self._meter.loop_blocked_s = self._processor.blocked_s
+        self._meter.on_device(0)
+        self._meter.loop_blocked_s = self._processor.watch.blocked_s
         self._meter.batch_finished(
             records=len(batch),
             cost=batch.cost,
@@ -289,12 +301,16 @@ class TokenBatcher(DynamicBatcher[RecordT, ResultT]):
         )
 
     async def submit(
-        self, record: RecordT, *, estimated_tokens: float | None = None, estimated_cost: float | None = None
+        self,
+        record: RecordT,
+        *,
+        estimated_tokens: float | None = None,
+        estimated_cost: float | None = None,
+        timeout_s: float | None = None,
     ) -> asyncio.Future[ResultT]:
         """`DynamicBatcher.submit`; ``estimated_tokens`` comes before ``estimated_cost``."""
-        return await super().submit(
-            record, estimated_cost=estimated_tokens if estimated_tokens is not None else estimated_cost
-        )
+        cost = estimated_tokens if estimated_tokens is not None else estimated_cost
+        return await super().submit(record, estimated_cost=cost, timeout_s=timeout_s)
 
     async def submit_batch(
         self,
@@ -302,11 +318,11 @@ class TokenBatcher(DynamicBatcher[RecordT, ResultT]):
         *,
         estimated_tokens: Sequence[float] | None = None,
         estimated_cost: Sequence[float] | None = None,
+        timeout_s: float | None = None,
     ) -> list[asyncio.Future[ResultT]]:
         """`DynamicBatcher.submit_batch`; ``estimated_tokens`` comes before ``estimated_cost``."""
-        return await super().submit_batch(
-            records, estimated_cost=estimated_tokens if estimated_tokens is not None else estimated_cost
-        )
+        costs = estimated_tokens if estimated_tokens is not None else estimated_cost
+        return await super().submit_batch(records, estimated_cost=costs, timeout_s=timeout_s)
 
     async def map(
         self,
@@ -314,11 +330,13 @@ class TokenBatcher(DynamicBatcher[RecordT, ResultT]):
         *,
         estimated_tokens: Sequence[float] | None = None,
         estimated_cost: Sequence[float] | None = None,
+        timeout_s: float | None = None,
         return_exceptions: bool = False,
     ) -> list[ResultT]:
         """`DynamicBatcher.map`; ``estimated_tokens`` comes before ``estimated_cost``."""
         return await super().map(
             records,
             estimated_cost=estimated_tokens if estimated_tokens is not None else estimated_cost,
+            timeout_s=timeout_s,
             return_exceptions=return_exceptions,
         )

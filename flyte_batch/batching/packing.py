@@ -17,7 +17,7 @@ Records lie in parallel lists, not in an object each: a million records through 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Literal, TypeVar
@@ -27,10 +27,6 @@ ResultT = TypeVar("ResultT")
 
 BatchCost = Literal["sum", "padded"]
 """How a batch's cost follows from its records': their sum, or rows x longest for models that pad."""
-
-_LOOK_PAST = 32
-"""Lanes that a batch looks past for records small enough to fill its last gap; bounds the work a batch takes."""
-
 
 _NOTHING: list[Any] = []
 """The columns of an empty lane, shared by all of them and never written to."""
@@ -184,15 +180,28 @@ class Backlog(Generic[RecordT, ResultT]):
         batch_cost: ``"sum"``, or ``"padded"`` for rows x longest.
         length_window: how many waiting records to choose similar ones from; 0 keeps each lane in order.
         turn_size: most records that a lane gives in its turn; counts only where there is no length_window.
+        look_past: lanes that a batch passes over, for records of others small enough to fill its last gap; bounds the
+            work that a batch takes. 1 where the room that a record waits for would be given to others for ever.
+        price: ``(record, cost) -> cost`` that a budget is compared with at the moment of taking, for costs that become
+            known better while records wait; only where there is no length_window and no padding.
     """
 
     def __init__(
-        self, *, max_batch_size: int, batch_cost: BatchCost = "sum", length_window: int = 0, turn_size: int = 1
+        self,
+        *,
+        max_batch_size: int,
+        batch_cost: BatchCost = "sum",
+        length_window: int = 0,
+        turn_size: int = 1,
+        look_past: int = 32,
+        price: Callable[[RecordT, float], float] | None = None,
     ) -> None:
         self._max_batch_size = max_batch_size
         self._padded = batch_cost == "padded"
         self._length_window = length_window
         self._turn_size = turn_size
+        self._look_past = look_past
+        self._price = price
         self._begun = 0  # records that the lane at the front gave already, in a turn that the last batch cut short
         # Exactly the lanes with records that somebody wants, the next to be served first.
         self._rotation: OrderedDict[Lane[RecordT, ResultT], None] = OrderedDict()
@@ -252,9 +261,15 @@ class Backlog(Generic[RecordT, ResultT]):
             lane.purge()
         return min((lane.arrivals[0] for lane in self._rotation), default=None)
 
-    def take(self, budget: float) -> Batch[RecordT, ResultT]:
-        """Remove the next batch; empty only when nothing waits."""
-        batch = self._cut(self._similar(budget) if self._length_window else self._in_turn(budget))
+    def take(self, budget: float, *, first_over: bool = True) -> Batch[RecordT, ResultT]:
+        """Remove the next batch.
+
+        Args:
+            budget: what it may cost.
+            first_over: the first record may exceed the budget, alone; so that the batch is empty only when nothing
+                waits.
+        """
+        batch = self._cut(self._similar(budget) if self._length_window else self._in_turn(budget, first_over))
         if self._padded:
             self._longest = max((max(lane.costs) for lane in self._rotation), default=0)
         return batch
@@ -287,7 +302,7 @@ class Backlog(Generic[RecordT, ResultT]):
         # Sums of floats drift; an empty backlog costs nothing.
         self._cost = self._cost - cost if self._count else 0
 
-    def _in_turn(self, budget: float) -> dict[Lane[RecordT, ResultT], range]:
+    def _in_turn(self, budget: float, first_over: bool) -> dict[Lane[RecordT, ResultT], range]:
         """Round robin over the lanes, ``turn_size`` records a turn, as long as they fit."""
         # A lane is popped for its turn and goes back to the end if it has more.
         rotation = self._rotation
@@ -297,7 +312,7 @@ class Backlog(Generic[RecordT, ResultT]):
         size = 0
         total: float = 0
         longest: float = 0
-        while rotation and size < room and len(passed_over) < _LOOK_PAST:
+        while rotation and size < room and len(passed_over) < self._look_past:
             lane, _ = rotation.popitem(last=False)
             position = counts.get(lane, 0)
             if not position:
@@ -307,10 +322,13 @@ class Backlog(Generic[RecordT, ResultT]):
             turn = min(self._turn_size - begun, room - size) if rotation else room - size
             start = position
             fits = True
-            for cost in islice(lane.costs, position, position + turn):
+            costs: Iterator[float] = islice(lane.costs, position, position + turn)
+            if self._price is not None:
+                costs = map(self._price, islice(lane.records, position, position + turn), costs)
+            for cost in costs:
                 highest = cost if cost > longest else longest
                 after = (size + 1) * highest if padded else total + cost
-                if after > budget and size:
+                if after > budget and (size or not first_over):
                     fits = False
                     break
                 size += 1

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
 ResultT = TypeVar("ResultT")
+T = TypeVar("T")
 
 ProcessFn = Callable[[list[RecordT]], Awaitable[Sequence[ResultT | Exception]] | Sequence[ResultT | Exception]]
 """Takes a batch, returns one result a record in the same order. ``async def`` or plain ``def``."""
@@ -104,6 +105,39 @@ def _copy_without_init(error: Exception) -> Exception:
     return twin
 
 
+class LoopWatch:
+    """Notices code that holds the event loop for long, and names it.
+
+    Args:
+        name: how the user would recognise the code.
+        threshold_s: how long one step may hold the loop before a warning, seconds.
+    """
+
+    def __init__(self, name: str, threshold_s: float) -> None:
+        self.blocked_s = 0.0
+        self._name = name
+        self._threshold_s = threshold_s
+        self._warned = False
+
+    def over(self, awaitable: Awaitable[T]) -> Awaitable[T]:
+        """The awaitable, each of its steps timed."""
+        return _Timed(awaitable, self._step_took)
+
+    def _step_took(self, seconds: float) -> None:
+        if seconds <= self._threshold_s:
+            return
+        self.blocked_s += seconds
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s blocked the event loop for %.3f s: all other callers stood still meanwhile. "
+                "Make it a plain `def` (it then runs on a thread), or await the slow part. "
+                "Further occurrences are only counted, in stats.loop_blocked_s.",
+                self._name,
+                seconds,
+            )
+
+
 class Processor(Generic[RecordT, ResultT]):
     """Runs ``process_fn`` on one batch at a time.
 
@@ -114,11 +148,9 @@ class Processor(Generic[RecordT, ResultT]):
 
     def __init__(self, fn: ProcessFn[RecordT, ResultT], *, blocked_loop_warning_s: float) -> None:
         self.name = name_of(fn)
-        self.blocked_s = 0.0
+        self.watch = LoopWatch(self.name, blocked_loop_warning_s)
         self._fn = fn
         self._on_loop = is_async(fn)
-        self._threshold_s = blocked_loop_warning_s
-        self._warned = False
         self._thread: ThreadPoolExecutor | None = None
 
     async def call(self, records: list[RecordT]) -> list[ResultT] | BaseException:
@@ -136,7 +168,7 @@ class Processor(Generic[RecordT, ResultT]):
             if inspect.isawaitable(answer):
                 # A lambda or a wrapper around an async function. From now on it is called where it belongs.
                 self._on_loop = True
-                answer = await _Timed(answer, self._step_took)
+                answer = await self.watch.over(answer)
             return checked_results(answer, len(records))
         except asyncio.CancelledError as leaked:
             if task is not None and task.cancelling():
@@ -161,20 +193,6 @@ class Processor(Generic[RecordT, ResultT]):
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, context.run, _outcome_of, self._fn, records
         )
-
-    def _step_took(self, seconds: float) -> None:
-        if seconds <= self._threshold_s:
-            return
-        self.blocked_s += seconds
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s blocked the event loop for %.3f s: all other callers stood still meanwhile. "
-                "Make it a plain `def` (it then runs on a thread), or await the slow part. "
-                "Further occurrences are only counted, in stats.loop_blocked_s.",
-                self.name,
-                seconds,
-            )
 
 
 def _outcome_of(fn: Callable[[list[RecordT]], Any], records: list[RecordT]) -> tuple[Any, BaseException | None]:

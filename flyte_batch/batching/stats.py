@@ -25,17 +25,22 @@ class BatchStats:
         total_submitted: records accepted.
         total_completed: records resolved with a result or an error; abandoned ones are not among them.
         total_failed: those of ``total_completed`` that got an error.
-        total_abandoned: accepted records whose caller gave up before they reached the device.
-        total_batches: finished calls of ``process_fn``, retries of split batches included.
+        total_abandoned: accepted records that were taken out of the queue, or off a device that can give them back,
+            because their caller gave up or their ``timeout_s`` was over.
+        total_expired: records whose ``timeout_s`` was over before they had a result.
+        total_batches: finished calls of ``process_fn``, retries of split batches included. A `ContinuousBatcher` calls
+            its engine for each record.
         total_batch_records: records in those calls; a record that was retried counts each time.
         total_batch_cost: their cost, as the budget sees it (``rows x longest`` for padded batches).
         total_record_cost: the sum of the records' own costs.
         total_padded_cost: the sum of ``rows x longest``, what a padded model computes.
-        total_fill: the sum over batches of the share of the budget or of ``max_batch_size``, whichever is larger.
+        total_fill: the sum over batches of the share of the budget or of ``max_batch_size``, whichever is larger; in a
+            `ContinuousBatcher`, of what was in flight when the record was done.
         out_of_memory: batches that did not fit the device.
         queued: records waiting at this moment.
         running: records on the device at this moment.
         busy_time_s: seconds inside ``process_fn``, the running call included.
+        record_time_s: the sum over records of their seconds on the device, running ones included.
         starved_time_s: seconds with a free device and nothing waiting: bring more records.
         assembling_time_s: seconds with a free device and records waiting for more: lower ``batch_timeout_s``.
         loop_blocked_s: seconds in which an ``async def process_fn`` held the event loop beyond the warning's threshold.
@@ -45,6 +50,7 @@ class BatchStats:
     total_completed: int = 0
     total_failed: int = 0
     total_abandoned: int = 0
+    total_expired: int = 0
     total_batches: int = 0
     total_batch_records: int = 0
     total_batch_cost: float = 0
@@ -55,6 +61,7 @@ class BatchStats:
     queued: int = 0
     running: int = 0
     busy_time_s: float = 0.0
+    record_time_s: float = 0.0
     starved_time_s: float = 0.0
     assembling_time_s: float = 0.0
     loop_blocked_s: float = 0.0
@@ -68,6 +75,11 @@ class BatchStats:
     def utilization(self) -> float:
         """Share of the time that the device was at work, in [0, 1]; 0 before the start."""
         return _ratio(self.busy_time_s, self.busy_time_s + self.idle_time_s)
+
+    @property
+    def avg_in_flight(self) -> float:
+        """Records on the device, on average over the time that it was at work."""
+        return _ratio(self.record_time_s, self.busy_time_s)
 
     @property
     def avg_batch_size(self) -> float:
@@ -111,8 +123,8 @@ class Meter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.submitted = self.completed = self.failed = self.abandoned = 0
-        self.batches = self.batch_records = self.out_of_memory = self.running = 0
+        self.submitted = self.completed = self.failed = self.abandoned = self.expired = 0
+        self.batches = self.batch_records = self.out_of_memory = 0
         self.batch_cost: float = 0
         self.record_cost: float = 0
         self.padded_cost: float = 0
@@ -121,6 +133,9 @@ class Meter:
         self._seconds: dict[Phase, float] = {"off": 0.0, "starved": 0.0, "assembling": 0.0, "busy": 0.0}
         self._phase: Phase = "off"
         self._since = clock()
+        self._running = 0
+        self._record_seconds = 0.0
+        self._running_since = self._since
 
     @property
     def phase(self) -> Phase:
@@ -131,6 +146,12 @@ class Meter:
         now = self._clock()
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
+
+    def on_device(self, records: int) -> None:
+        """From now on so many records are on the device."""
+        now = self._clock()
+        self._record_seconds += self._running * (now - self._running_since)
+        self._running, self._running_since = records, now
 
     def batch_finished(self, records: int, cost: float, record_cost: float, padded_cost: float, fill: float) -> None:
         """One call of ``process_fn`` ended, well or badly."""
@@ -148,6 +169,7 @@ class Meter:
             total_completed=self.completed,
             total_failed=self.failed,
             total_abandoned=self.abandoned,
+            total_expired=self.expired,
             total_batches=self.batches,
             total_batch_records=self.batch_records,
             total_batch_cost=self.batch_cost,
@@ -156,8 +178,9 @@ class Meter:
             total_fill=self.fill,
             out_of_memory=self.out_of_memory,
             queued=queued,
-            running=self.running,
+            running=self._running,
             busy_time_s=self._seconds["busy"],
+            record_time_s=self._record_seconds + self._running * (self._clock() - self._running_since),
             starved_time_s=self._seconds["starved"],
             assembling_time_s=self._seconds["assembling"],
             loop_blocked_s=self.loop_blocked_s,

@@ -333,7 +333,7 @@ def test_whatever_callers_process_fn_and_stop_do_every_accepted_future_resolves(
         stats = batcher.stats
         assert (stats.queued, stats.running) == (0, 0)
         assert stats.total_submitted == stats.total_completed + stats.total_abandoned
-        assert batcher._lanes == {}
+        assert batcher.lanes == {}
         assert batcher._open_calls == 0
         expected = (BatcherError, ValueError, TypeError, IndexError, MemoryError, OverflowError, asyncio.CancelledError)
         for outcome in (*ended, *(future.exception() for future in accepted if not future.cancelled())):

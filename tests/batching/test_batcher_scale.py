@@ -59,7 +59,7 @@ async def test_submits_from_many_tasks_leave_nothing_behind():
         before = live(ResultFuture)
         await soon(asyncio.gather(*map(caller, range(500))))
         assert live(ResultFuture) == before
-        assert batcher._lanes == {}
+        assert batcher.lanes == {}
         assert len(batcher._backlog._rotation) == 0
         assert batcher.stats.total_completed + batcher.stats.total_abandoned == 10_000
 
@@ -78,7 +78,7 @@ async def test_submitting_and_cancelling_while_the_device_is_busy_does_not_pile_
         for i in range(2_000):
             (await asyncio.create_task(batcher.submit(i))).cancel()
         assert len(batcher._backlog._rotation) == 0
-        assert batcher._lanes == {}
+        assert batcher.lanes == {}
         go_on.set()
         await soon(first)
         assert batcher.stats.total_batches == 1
