@@ -1,12 +1,13 @@
-"""What no engine can infer, whatever its model: one place, so that every engine rejects the same prompts alike."""
+"""What no engine can infer, and what one engine has not: one place, so that all of them refuse alike."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from flyte_batch.engines.messages import content_parts, images_of
-from flyte_batch.errors import BadRecord
-from flyte_batch.records import Chat, Prompt
+from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.records import Chat, Prompt, SamplingParameters
 
 
 def require_text(prompt: Prompt | Chat) -> None:
@@ -39,6 +40,23 @@ def require_no_images(prompt: Prompt | Chat, engine: str) -> None:
     require_text(prompt)
     if any(True for _ in images_of(prompt)):
         raise BadRecord(f"the prompt has an image, and {engine} takes texts only: use a vision model with vLLM")
+
+
+def require_options(sampling: SamplingParameters, missing: Sequence[str], engine: str) -> None:
+    """Raise if a sampling parameter that the engine has not differs from its default.
+
+    Args:
+        sampling: what the user asks for.
+        missing: names of the parameters that vLLM has and this engine has not.
+        engine: its name, for the message.
+
+    Raises:
+        BadInput: names the parameter, its value and the engine that has it.
+    """
+    for option in fields(sampling):
+        value = getattr(sampling, option.name)
+        if option.name in missing and value != option.default:
+            raise BadInput(f"{engine} has no {option.name} (got {value!r}): leave it out, or use vLLM, which has it")
 
 
 def _require_prompt(prompt: Prompt) -> None:

@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.cores import available_cores
-from flyte_batch.engines.checks import require_no_images
+from flyte_batch.engines.checks import require_no_images, require_options
 from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser, TokenisedPrompt
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ _CPU_SUB_BATCH = 32
 # 1 worker x 2 threads: any 31, 64 tokens 50, 32 tokens 58, 16 tokens 58, 8 tokens 54.
 _CPU_SPAN = 32
 _CUDA_SUB_BATCH = 256
+_MISSING = ("min_p", "presence_penalty", "frequency_penalty", "structured")
 _SEEDING = threading.Lock()
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
@@ -46,7 +50,12 @@ class CTranslate2Engine:
 
     Made by `start`, closed by `aclose` or ``async with``. Reproducible: greedy decoding (``temperature=0``) always;
     sampling with a ``seed`` gives the same texts for the same batches in the same order (the engine then runs one
-    worker, because each worker of CTranslate2 draws from a generator of its own).
+    worker, because each worker of CTranslate2 draws from a generator of its own). A prompt's own ``seed`` has no
+    effect: CTranslate2 cannot seed a single row.
+
+    Of `SamplingParameters`, it has no ``min_p``, ``presence_penalty``, ``frequency_penalty`` and ``structured``; its
+    ``repetition_penalty`` looks at the response only; ``bad_words`` are kept out as the tokens they are usually
+    written with, as in vLLM.
     """
 
     def __init__(self, generator: Any, tokeniser: PromptTokeniser, plan: _Plan, model: str) -> None:
@@ -83,7 +92,7 @@ class CTranslate2Engine:
         Args:
             model: folder with ``model.bin`` and ``tokenizer.json``; ``tokenizer_config.json``, ``chat_template.jinja``
                 and ``generation_config.json`` are used where they exist.
-            sampling: how to continue prompts; greedy with 256 tokens by default.
+            sampling: how to continue prompts; greedy with 256 tokens by default. The class says what it can't do.
             device: ``auto`` takes a GPU where CTranslate2 sees one.
             device_index: which GPU.
             compute_type: ``default`` keeps the one the model was saved in where the device can compute it, else
@@ -109,6 +118,12 @@ class CTranslate2Engine:
     @classmethod
     def _load(cls, folder: Path, sampling: SamplingParameters, options: _Options) -> CTranslate2Engine:
         ctranslate2 = _import_ctranslate2()
+        require_options(sampling, _MISSING, "the CTranslate2 engine")
+        if sampling.min_tokens and sampling.stop:
+            raise BadInput(
+                "the CTranslate2 engine cannot hold a stop text back until min_tokens: leave one of stop and min_tokens "
+                "out, or use vLLM"
+            )
         if not (folder / "model.bin").is_file():
             raise BadInput(f"{folder} holds no model.bin: it is not a model that ct2-transformers-converter wrote")
         files = ModelFolder.read(folder)
@@ -153,6 +168,10 @@ class CTranslate2Engine:
         tokeniser = PromptTokeniser(files.tokenizer, template, context, sampling.max_tokens)
         # On a GPU a step takes nearly the same time for any number of rows: a split costs a response's steps.
         span = max(_CPU_SPAN, sampling.max_tokens) if device == "cuda" else _CPU_SPAN
+        if sampling.repetition_penalty != 1 or sampling.bad_words:
+            # These look at the tokens that were fed one by one: with prompts of several lengths together, at the end of
+            # the longer ones too, so that a response would depend on its neighbours.
+            span = 0
         plan = _Plan.build(sampling, files, workers, sub_batch, span)
         _log.info(
             "loaded %s on %s as %s: %d workers of %d threads, context %d",
@@ -239,7 +258,11 @@ class CTranslate2Engine:
         limits = [batch[index].limit for index in indices]
         callback = self._plan.callback(self._tokeniser, limits)
         handles = self._generator.generate_batch(
-            prompts, max_length=max(limits), callback=callback, **self._plan.arguments
+            prompts,
+            max_length=max(limits),
+            min_length=min(self._plan.min_tokens, max(limits)),
+            callback=callback,
+            **self._plan.arguments,
         )
         return _SubBatch(indices, handles)
 
@@ -324,6 +347,7 @@ class _Plan:
     workers: int
     sub_batch: int  # most rows computed together
     span: int  # most tokens between the shortest and the longest prompt of them
+    min_tokens: int = 0
 
     @classmethod
     def build(cls, sampling: SamplingParameters, files: ModelFolder, workers: int, sub_batch: int, span: int) -> _Plan:
@@ -332,7 +356,9 @@ class _Plan:
         special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         # A special token never shows up in the text, so only its id can end a response. A normal token cannot stand
         # for a text: the same text also comes as other tokens.
-        end_ids = frozenset([*files.end_ids, *(special[text] for text in sampling.stop if text in special)])
+        end_ids = frozenset(special[text] for text in sampling.stop if text in special) | _stop_ids(sampling, size)
+        if not sampling.ignore_eos:
+            end_ids |= frozenset(files.end_ids)
         stop = tuple(text for text in sampling.stop if text not in special)
         arguments: dict[str, Any] = {
             "asynchronous": True,
@@ -341,15 +367,18 @@ class _Plan:
             "repetition_penalty": sampling.repetition_penalty,
             "sampling_topk": 1,
         }
-        if end_ids:
+        if end_ids or sampling.ignore_eos:  # left out, the model's own; an empty list is none at all
             arguments["end_token"] = sorted(end_ids)
+        if sampling.bad_words:
+            arguments["suppress_sequences"] = _spellings(tokenizer, sampling.bad_words)
         if sampling.temperature > 0:
             arguments |= {
                 "sampling_topk": min(sampling.top_k, size),
                 "sampling_topp": sampling.top_p,
                 "sampling_temperature": sampling.temperature,
             }
-        return cls(arguments, stop, end_ids, _suspects(tokenizer, stop), workers, sub_batch, span)
+        suspects = _suspects(tokenizer, stop)
+        return cls(arguments, stop, end_ids, suspects, workers, sub_batch, span, sampling.min_tokens)
 
     def callback(self, tokeniser: PromptTokeniser, limits: list[int]) -> Callable[[Any], bool] | None:
         """What ends single responses early; None where nothing can, because it costs a call into Python a token."""
@@ -374,7 +403,24 @@ class _Plan:
         return ends
 
 
-def _suspects(tokenizer: Any, stop: tuple[str, ...]) -> frozenset[int]:
+def _stop_ids(sampling: SamplingParameters, size: int) -> frozenset[int]:
+    unknown = [index for index in sampling.stop_token_ids if not 0 <= index < size]
+    if unknown:
+        raise BadInput(f"stop_token_ids has {unknown[0]}, the model's tokens are 0 to {size - 1}")
+    return frozenset(sampling.stop_token_ids)
+
+
+def _spellings(tokenizer: Tokenizer, texts: tuple[str, ...]) -> list[list[str]]:
+    """The tokens of each text as it stands at the beginning of a line, and after a space, as vLLM does it."""
+    spellings = [
+        tokenizer.encode(space + text.lstrip(), add_special_tokens=False).tokens
+        for text in texts
+        for space in ("", " ")
+    ]
+    return [tokens for at, tokens in enumerate(spellings) if tokens and tokens not in spellings[:at]]
+
+
+def _suspects(tokenizer: Tokenizer, stop: tuple[str, ...]) -> frozenset[int]:
     """Tokens whose text may hold the last character of a stop text, or a piece of one."""
     if not stop:
         return frozenset()

@@ -22,7 +22,7 @@ from flyte_batch.engines import ctranslate2 as module
 from flyte_batch.engines.ctranslate2 import CTranslate2Engine
 from flyte_batch.engines.tokenising import TokenisedPrompt
 from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError, EngineOutOfMemory
-from flyte_batch.records import Completion, Prompt, SamplingParameters
+from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters, StructuredOutput
 
 QUESTIONS = [f"Ben has {n} cups and gives {n // 2} of them to a friend. How many cups are left?" for n in range(2, 42)]
 
@@ -149,6 +149,86 @@ class TestStopTexts:
             user = engine._tokeniser.tokenizer.token_to_id("<|user|>")
             assert user in engine._plan.arguments["end_token"]
             assert engine._plan.stop == ()  # no call into Python for every token
+
+
+class TestSamplingParameters:
+    async def test_min_tokens_holds_the_models_end_back(self, model: Path) -> None:
+        async with started(model, SamplingParameters(max_tokens=64)) as engine:
+            free = await ask(engine, *QUESTIONS)
+        async with started(model, SamplingParameters(max_tokens=64, min_tokens=30)) as engine:
+            held = await ask(engine, *QUESTIONS)
+            assert [(await ask(engine, question))[0] for question in QUESTIONS[:3]] == held[:3]
+        assert min(result.response_tokens for result in free) < 30
+        assert all(result.response_tokens >= 30 for result in held)
+
+    async def test_min_tokens_gives_way_to_the_context(self, model: Path) -> None:
+        sampling = SamplingParameters(max_tokens=30, min_tokens=30)
+        async with started(model, sampling) as engine:
+            context = len(engine.prepare(Prompt("cups")).ids) + 2
+        async with started(model, sampling, max_model_len=context) as engine:
+            (result,) = await ask(engine, "cups")
+            assert (result.response_tokens, result.finish_reason) == (2, "length")
+
+    async def test_ignore_eos_goes_on_to_max_tokens(self, model: Path) -> None:
+        async with started(model, SamplingParameters(max_tokens=50, ignore_eos=True)) as engine:
+            results = await ask(engine, *QUESTIONS[:3])
+        assert {(result.response_tokens, result.finish_reason) for result in results} == {(50, "length")}
+
+    @pytest.mark.parametrize("ignore_eos", [False, True])
+    async def test_stop_token_ids_end_a_response_and_are_left_out(self, model: Path, ignore_eos: bool) -> None:
+        ids = reference(model, QUESTIONS[0], 8)
+        end = next(at for at in range(1, 8) if ids[at] not in ids[:at])
+        sampling = SamplingParameters(max_tokens=8, stop_token_ids=(ids[end],), ignore_eos=ignore_eos)
+        async with started(model, sampling) as engine:
+            (result,) = await ask(engine, QUESTIONS[0])
+            assert (result.finish_reason, result.response_tokens) == ("stop", end)
+            assert result.text == engine._tokeniser.tokenizer.decode(ids[:end])
+
+    async def test_bad_words_are_not_said(self, model: Path) -> None:
+        async with started(model, SamplingParameters(max_tokens=20)) as engine:
+            assert any("cups" in result.text for result in await ask(engine, *QUESTIONS))
+        async with started(model, SamplingParameters(max_tokens=20, bad_words=("cups", " left"))) as engine:
+            results = await ask(engine, *QUESTIONS)
+            assert not any("cups" in result.text for result in results)
+            assert [(await ask(engine, question))[0] for question in QUESTIONS[:5]] == results[:5]
+
+    async def test_a_repetition_penalty_does_not_let_neighbours_change_a_response(self, model: Path) -> None:
+        texts = [question + " Please." * (at % 4) for at, question in enumerate(QUESTIONS)]
+        async with started(model, SamplingParameters(max_tokens=20, repetition_penalty=2.0)) as engine:
+            assert await ask(engine, *texts) == [(await ask(engine, text))[0] for text in texts]
+        async with started(model, SamplingParameters(max_tokens=20)) as engine:
+            free = await ask(engine, *texts)
+        async with started(model, SamplingParameters(max_tokens=20, repetition_penalty=2.0)) as engine:
+            assert await ask(engine, *texts) != free
+
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            ({"min_p": 0.1, "temperature": 1.0}, r"has no min_p \(got 0.1\): leave it out, or use vLLM"),
+            ({"presence_penalty": 1.0}, "has no presence_penalty"),
+            ({"frequency_penalty": -1.0}, "has no frequency_penalty"),
+            ({"structured": StructuredOutput(choice=("yes", "no"))}, "has no structured"),
+            ({"stop_token_ids": (10**6,)}, "stop_token_ids has 1000000, the model's tokens are 0 to 623"),
+            ({"stop": ("x",), "min_tokens": 2}, "leave one of stop and min_tokens out"),
+        ],
+    )
+    async def test_that_it_has_not_are_refused_before_a_record_is_inferred(
+        self, model: Path, options: dict[str, Any], why: str
+    ) -> None:
+        with pytest.raises(BadInput, match=why):
+            await CTranslate2Engine.start(model, sampling=SamplingParameters(**options))
+
+
+class TestPrompts:
+    async def test_may_be_conversations(self, model: Path) -> None:
+        async with started(model) as engine:
+            chat = engine.prepare(Chat([{"role": "user", "content": QUESTIONS[0]}]))
+            assert await engine.infer([chat]) == await ask(engine, QUESTIONS[0])
+
+    async def test_with_pictures_are_bad_records(self, model: Path) -> None:
+        async with started(model) as engine:
+            with pytest.raises(BadRecord, match="CTranslate2 takes texts only"):
+                engine.prepare(Prompt("What is it?", images=(b"png",)))
 
 
 class TestTheContext:
