@@ -6,7 +6,8 @@
 
 A check takes a function that starts a fresh engine and at least two different valid prompts, closes what it
 started, and raises `AssertionError` with what is wrong. It needs an engine that answers the same prompt in the same
-way twice: start a language model with ``temperature=0``.
+way twice: start a language model with ``temperature=0``. `CHECKS` are for every engine, `CONTINUOUS_CHECKS` for those
+that follow `ContinuousEngine`; `check_engine` runs the ones that apply.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
-from flyte_batch.engines.base import Engine
+from flyte_batch.engines.base import ContinuousEngine, Engine
 from flyte_batch.errors import BadRecord, EngineDead
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Completion, Prompt
 
 Start = Callable[[], Awaitable[Engine[Any, Any]]]
 Check = Callable[[Start, Sequence[Prompt]], Awaitable[None]]
@@ -28,6 +29,8 @@ Check = Callable[[Start, Sequence[Prompt]], Awaitable[None]]
 # The longest a loop may stand still. Generous: it has to hold on a busy machine, and a blocking engine stalls for the
 # whole of its call.
 LONGEST_STALL_S = 0.25
+# When a call that should be answered counts as hanging.
+LONGEST_WAIT_S = 30.0
 
 
 async def check_follows_the_protocol(start: Start, prompts: Sequence[Prompt]) -> None:
@@ -100,6 +103,19 @@ async def check_takes_any_text(start: Start, prompts: Sequence[Prompt]) -> None:
         results = await engine.infer(records)
         _expect(len(results) == len(records), f"{len(records)} records gave {len(results)} results")
         _expect(not isinstance(results[0], Exception), f"an odd text failed its neighbour: {results[0]!r}")
+
+
+async def check_takes_conversations(start: Start, prompts: Sequence[Prompt]) -> None:
+    """A `Chat` of the same messages is the same prompt, or a `BadRecord` where the model has no chat template."""
+    async with _started(start) as engine:
+        for prompt in prompts:
+            system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
+            try:
+                chat = engine.prepare(Chat([*system, {"role": "user", "content": prompt.text}]))
+            except BadRecord:
+                continue
+            results = await engine.infer([engine.prepare(prompt), chat])
+            _expect(results[0] == results[1], f"a prompt and a chat of the same messages gave {list(results)}")
 
 
 async def check_prepares_on_threads(start: Start, prompts: Sequence[Prompt]) -> None:
@@ -178,7 +194,7 @@ async def check_finishes_what_runs_when_closed(start: Start, prompts: Sequence[P
         call = asyncio.ensure_future(engine.infer(records * 4))
         await asyncio.sleep(0)
         await engine.aclose()
-        done, _ = await asyncio.wait([call], timeout=30)
+        done, _ = await asyncio.wait([call], timeout=LONGEST_WAIT_S)
         _expect(bool(done), "a call that ran when the engine was closed hangs")
         error = call.exception()
         if error is None:
@@ -193,6 +209,7 @@ CHECKS: tuple[Check, ...] = (
     check_answers_an_empty_batch,
     check_rejects_bad_prompts_alone,
     check_takes_any_text,
+    check_takes_conversations,
     check_prepares_on_threads,
     check_leaves_the_loop_free,
     check_takes_calls_at_once,
@@ -202,19 +219,105 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+async def check_knows_its_measure(start: Start, prompts: Sequence[Prompt]) -> None:
+    """``slots`` and ``capacity_tokens`` are positive, and a prompt's ids are its own and no more than its cost."""
+    async with _started(start) as started:
+        engine = _continuous(started)
+        for attribute in ("slots", "capacity_tokens"):
+            value = getattr(engine, attribute)
+            _expect(isinstance(value, int) and value > 0, f"{attribute} is {value!r}; it must be an int of at least 1")
+        for prompt in prompts:
+            record = engine.prepare(prompt)
+            ids = list(engine.prompt_ids(record))
+            _expect(bool(ids), "prompt_ids gave none for a valid prompt")
+            _expect(ids == list(engine.prompt_ids(engine.prepare(prompt))), "prompt_ids differ for equal prompts")
+            cost = engine.estimate_cost(record)
+            _expect(len(ids) <= cost, f"prompt_ids gave {len(ids)} tokens, more than the cost of {cost}")
+
+
+async def check_generates_what_it_infers(start: Start, prompts: Sequence[Prompt]) -> None:
+    """``generate``, alone and beside others, gives what ``infer`` gives."""
+    async with _started(start) as started:
+        engine = _continuous(started)
+        records = [engine.prepare(prompt) for prompt in prompts]
+        expected = list(await engine.infer(records))
+        alone = [await engine.generate(record) for record in records]
+        _expect(all(isinstance(result, Completion) for result in alone), f"generate gave no Completion: {alone}")
+        _expect(alone == expected, f"generate gave {alone}, infer gave {expected}")
+        together = await asyncio.gather(*(engine.generate(record) for record in records * 4))
+        _expect(together == expected * 4, "beside others, generate gave another result than alone")
+
+
+async def check_forgets_cancelled_records(start: Start, prompts: Sequence[Prompt]) -> None:
+    """A cancelled ``generate`` ends as cancelled, leaves its neighbours alone, and gives its slot back."""
+    async with _started(start) as started:
+        engine = _continuous(started)
+        first, *others = [engine.prepare(prompt) for prompt in prompts]
+        expected = [await engine.generate(record) for record in others]
+        # More than there are slots: if one of them were kept, there would be no room for what comes after.
+        doomed = [asyncio.ensure_future(engine.generate(first)) for _ in range(engine.slots + 1)]
+        neighbours = [asyncio.ensure_future(engine.generate(record)) for record in others]
+        await asyncio.sleep(0)
+        for call in doomed:
+            call.cancel()
+        done, pending = await asyncio.wait([*doomed, *neighbours], timeout=LONGEST_WAIT_S)
+        for call in pending:
+            call.cancel()
+        _expect(done.issuperset(doomed), "a cancelled generate hangs")
+        _expect(all(call.cancelled() for call in doomed), "a cancelled generate did not end as cancelled")
+        _expect(not pending, "a record beside cancelled ones hangs: their slots were not given back")
+        results = [call.exception() or call.result() for call in neighbours]
+        _expect(results == expected, f"beside cancelled records, others gave {results}, not {expected}")
+
+
+async def check_generates_nothing_when_closed(start: Start, prompts: Sequence[Prompt]) -> None:
+    """What runs when the engine is closed gets its result or `EngineDead`; what comes later gets `EngineDead`."""
+    async with _started(start) as started:
+        engine = _continuous(started)
+        record = engine.prepare(prompts[0])
+        running = [asyncio.ensure_future(engine.generate(record)) for _ in range(4)]
+        await asyncio.sleep(0)
+        await engine.aclose()
+        later = asyncio.ensure_future(engine.generate(record))
+        _, pending = await asyncio.wait([*running, later], timeout=LONGEST_WAIT_S)
+        for call in pending:
+            call.cancel()
+        _expect(not pending, "a generate that ran when the engine was closed, or came later, hangs")
+        errors = [error for error in (call.exception() for call in running) if error is not None]
+        wrong = [error for error in errors if not isinstance(error, EngineDead)]
+        _expect(not wrong, f"closing failed a running generate with {wrong[:1]}, not EngineDead")
+        _expect(isinstance(later.exception(), EngineDead), "generate after aclose must raise EngineDead")
+
+
+CONTINUOUS_CHECKS: tuple[Check, ...] = (
+    check_knows_its_measure,
+    check_generates_what_it_infers,
+    check_forgets_cancelled_records,
+    check_generates_nothing_when_closed,
+)
+
+
 def name(check: Check) -> str:
     """A check's name for a test's id: ``keeps_length_and_order``."""
     return getattr(check, "__name__", repr(check)).removeprefix("check_")
 
 
 async def check_engine(start: Start, prompts: Sequence[Prompt]) -> None:
-    """All `CHECKS`, one after the other, each on a fresh engine.
+    """All `CHECKS`, and `CONTINUOUS_CHECKS` for a `ContinuousEngine`, one after the other, each on a fresh engine.
 
     Raises:
         AssertionError: the first that fails, and why.
     """
-    for check in CHECKS:
+    async with _started(start) as engine:
+        continuous = isinstance(engine, ContinuousEngine)
+    for check in CHECKS + CONTINUOUS_CHECKS * continuous:
         await check(start, prompts)
+
+
+def _continuous(engine: Engine[Any, Any]) -> ContinuousEngine[Any]:
+    if not isinstance(engine, ContinuousEngine):
+        raise AssertionError(f"{type(engine).__name__} lacks a part of the ContinuousEngine protocol")
+    return engine
 
 
 def _expect(holds: bool, otherwise: str) -> None:

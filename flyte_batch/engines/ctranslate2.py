@@ -121,8 +121,8 @@ class CTranslate2Engine:
         require_options(sampling, _MISSING, "the CTranslate2 engine")
         if sampling.min_tokens and sampling.stop:
             raise BadInput(
-                "the CTranslate2 engine cannot hold a stop text back until min_tokens: leave one of stop and min_tokens "
-                "out, or use vLLM"
+                "the CTranslate2 engine cannot hold a stop text back until min_tokens: "
+                "leave one of stop and min_tokens out, or use vLLM"
             )
         if not (folder / "model.bin").is_file():
             raise BadInput(f"{folder} holds no model.bin: it is not a model that ct2-transformers-converter wrote")
