@@ -8,4 +8,13 @@ from flyte_batch.batching.packing import BatchCost
 from flyte_batch.batching.processing import ProcessFn
 from flyte_batch.batching.stats import BatchStats
 
-__all__ = ["BatchCost", "BatchStats", "DynamicBatcher", "EngineBatcher", "Overflow", "ProcessFn", "TokenBatcher"]
+__all__ = [
+    "BatchCost",
+    "BatchStats",
+    "ContinuousBatcher",
+    "DynamicBatcher",
+    "EngineBatcher",
+    "Overflow",
+    "ProcessFn",
+    "TokenBatcher",
+]

@@ -12,7 +12,9 @@ from typing import Any
 _MEMORY = 0.998
 """Weight that an observation keeps with each that follows: the last 500 or so count."""
 _GUESS_WEIGHT = 8.0
-"""Observations that the first guess is worth."""
+"""Observations that the first guess is worth in the beginning."""
+_GUESS_FADES = 0.97
+"""Share of that which is left with each observation."""
 
 
 class ResponseLengths:
@@ -29,11 +31,13 @@ class ResponseLengths:
 
     def __init__(self, guess: float | None = None) -> None:
         self._guess = guess
+        self._weight = _GUESS_WEIGHT
         self._n = self._x = self._y = self._xx = self._xy = self._yy = 0.0
 
     def observe(self, prompt_tokens: float, response_tokens: float) -> None:
         """A record is done."""
         x, y = prompt_tokens, response_tokens
+        self._weight *= _GUESS_FADES
         self._n = self._n * _MEMORY + 1
         self._x = self._x * _MEMORY + x
         self._y = self._y * _MEMORY + y
@@ -45,7 +49,7 @@ class ResponseLengths:
         """Tokens that the response to a prompt will have, at most ``limit``."""
         guess = limit / 2 if self._guess is None else self._guess
         learnt = self._line(prompt_tokens) if self._n else 0.0
-        expected = (_GUESS_WEIGHT * guess + self._n * learnt) / (_GUESS_WEIGHT + self._n)
+        expected = (self._weight * guess + self._n * learnt) / (self._weight + self._n)
         return min(limit, max(1.0, expected))
 
     def _line(self, x: float) -> float:

@@ -244,7 +244,8 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._meter.on_device(len(self._flights))
         self._meter.loop_blocked_s = self._watch.blocked_s
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
-            self._settle(flight.batch, [error])
+            if not flight.unwanted:
+                self._settle(flight.batch, [error])
             self._end(error)
             return
         less_will_do = error is not None and is_out_of_memory(error) and self._make_do_with_less(flight)
