@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flyte_batch.batching.engine_batcher import EngineBatcher
+from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
 from flyte_batch.errors import BadInput, BadRecord, EngineError
 from flyte_batch.pipeline import GONE, Failure, Pipeline
 from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
-from flyte_batch.records import Completion, Prompt
+from flyte_batch.records import Chat, Completion, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,11 @@ class Undecodable(str):
     """In a value's place, why it could not be read."""
 
 
-Solver = Callable[[], Awaitable[EngineBatcher[Any, Completion]]]
-"""Gives the process's engine and batcher."""
+Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
+"""Gives the process's engine and batcher: an `EngineBatcher`, or a `ContinuousBatcher`."""
+
+DEATHS_APART_S = 600.0
+"""An engine that dies again so soon after a death is not the engine's own bad luck: let another replica try."""
 
 
 async def infer(
@@ -46,7 +50,8 @@ async def infer(
     Args:
         chunk: which rows, and where the part goes.
         solver: gives the process's engine and batcher, usually a `singleton`; called again if the engine died.
-        prompt: a template such as ``"{question}"``, or a function of a row.
+        prompt: a template such as ``"{question}"``, or a function of a row. A prompt without a seed gets its row's
+            number in the source, so that an engine that seeds each record samples a row alike in every run.
         finish: post-processing of a response; without it the response is the completion's text.
 
     Returns:
@@ -55,7 +60,7 @@ async def infer(
     Raises:
         BadInput: the source changed since the run was planned, or lacks a column that the prompt reads.
         EngineError: the engine failed every row; nothing was written, so that a retry can do better.
-        EngineDead: the engine died twice; let another replica try.
+        EngineDead, BatcherDied: the engine died twice within `DEATHS_APART_S`; let another replica try.
     """
     from flyte_batch.data.parts import write_part
 
@@ -66,16 +71,20 @@ async def infer(
     if missing:
         raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
     values = await asyncio.to_thread(_values, table if columns is None or finish else table.select(list(columns)))
-    task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows)
-    batcher = await solver()
-    use = _DeviceWatch(batcher, started_at)
-    try:
-        await task.run(batcher)
-    except GONE as error:
-        logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, table.num_rows)
-        batcher = await solver()  # a singleton drops what is not running any more
-        use = _DeviceWatch(batcher, time.time())
-        await task.run(batcher)
+    task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row)
+    died_at = -math.inf
+    while True:
+        batcher = await solver()  # a singleton drops what is not running any more, and builds anew
+        use = _DeviceWatch(batcher, started_at)
+        try:
+            await task.run(batcher)
+            break
+        except GONE as error:
+            now = time.monotonic()
+            if now - died_at < DEATHS_APART_S:
+                raise
+            died_at, started_at = now, time.time()
+            logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, table.num_rows)
     task.check_engine()
     info = await asyncio.to_thread(write_part, chunk, table, task.answered())
     return ChunkReport(
@@ -117,6 +126,7 @@ class _Task:
     ask: PromptFunction
     finish: FinishFunction | None
     results: list[Completion | Exception | None]
+    first_row: int  # number of the chunk's first row in the source
 
     engine_errors: list[Exception] = field(default_factory=list)  # of rows that the engine, not their content, failed
 
@@ -141,7 +151,7 @@ class _Task:
                 f"the first error is {type(errors[0]).__name__}: {errors[0]}"
             ) from errors[0]
 
-    async def run(self, batcher: EngineBatcher[Any, Completion]) -> None:
+    async def run(self, batcher: EngineOwner[Any, Completion, Any]) -> None:
         """Fill the places of ``results`` that are None.
 
         Raises:
@@ -150,7 +160,12 @@ class _Task:
 
         def prepare(index: int) -> Any:
             asked = self.ask(self._row(index))
-            return batcher.engine.prepare(Prompt(asked) if isinstance(asked, str) else asked)
+            prompt = Prompt(asked) if isinstance(asked, str) else asked
+            if isinstance(prompt, Prompt | Chat) and prompt.seed is None:
+                # The row's number in the source: the same in every run, whatever the chunks' size. A new prompt,
+                # because a prompt function may return one object for several rows.
+                prompt = replace(prompt, seed=self.first_row + index)
+            return batcher.engine.prepare(prompt)
 
         def finish(index: int, completion: Completion) -> tuple[int, Completion]:
             if self.finish is None:
@@ -182,7 +197,7 @@ class _Task:
 class _DeviceWatch:
     """What a replica's device did between two moments, from its batcher's own clock."""
 
-    def __init__(self, batcher: EngineBatcher[Any, Completion], since: float) -> None:
+    def __init__(self, batcher: EngineOwner[Any, Completion, Any], since: float) -> None:
         self._batcher = batcher
         self._busy = batcher.stats.busy_time_s
         self._from = since

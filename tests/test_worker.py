@@ -103,6 +103,33 @@ async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_
     assert read_part_info(locate(chunk.output).child(chunk.part)) is None
 
 
+async def test_an_engine_that_dies_again_only_after_a_long_time_is_rebuilt_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flyte_batch.worker.DEATHS_APART_S", 0.0)
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 10))
+    dying = [fb.FakeEngine(dies_after=0) for _ in range(3)]
+    report = await fb.infer(chunk, solver_of(*dying, fb.FakeEngine()), prompt="{question}")
+    assert report.failures == 0
+    assert all(engine.closed for engine in dying)
+
+
+async def test_a_continuous_batcher_serves_a_chunk_and_an_engine_that_dies_under_it_is_rebuilt(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 200))
+    engines = iter([fb.FakeContinuousEngine(dies_after=50), fb.FakeContinuousEngine(fail_on=["question 7"])])
+
+    @fb.singleton
+    async def solver() -> fb.ContinuousBatcher[Any]:
+        return fb.ContinuousBatcher(next(engines))
+
+    report = await fb.infer(chunk, solver, prompt="{question}")
+    rows = rows_of(chunk)
+    assert report.failures == 1
+    assert "as told" in rows.pop(7)["error"]
+    assert [row["response"] for row in rows] == [f"echo: question {i}" for i in range(200) if i != 7]
+    await solver.aclose()
+
+
 async def test_an_engine_that_answers_nothing_fails_the_chunk_instead_of_writing_failures_for_ever(
     tmp_path: Path,
 ) -> None:
@@ -200,3 +227,56 @@ async def test_a_source_that_changed_since_the_plan_is_bad_input(tmp_path: Path)
     write_jsonl(tmp_path / "in.jsonl", [{"id": i, "question": "another"} for i in range(5)])
     with pytest.raises(fb.BadInput, match="changed"):
         await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}")
+
+
+class Seeds(fb.FakeEngine):
+    """Notes the seed of each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeds: dict[str, int | None] = {}
+
+    def prepare(self, prompt: fb.Prompt | fb.Chat) -> Any:
+        record = super().prepare(prompt)
+        self.seeds[record.text] = prompt.seed
+        return record
+
+
+@pytest.mark.parametrize("rows_per_chunk", [2, 7, 100])
+async def test_a_row_has_the_same_seed_in_chunks_of_any_size(tmp_path: Path, rows_per_chunk: int) -> None:
+    for name, first in (("a", 0), ("b", 6)):  # a chunk may span files
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": f"q{i}"} for i in range(first, first + 6)])
+    (tmp_path / "out").mkdir()
+    engine = Seeds()
+    solver = solver_of(engine)
+    for chunk in plan_chunks(
+        open_source(str(tmp_path / "*.jsonl")), str(tmp_path / "out"), rows_per_chunk, settings={}
+    ):
+        await fb.infer(chunk, solver, prompt="{question}")
+    assert engine.seeds == {f"q{i}": i for i in range(12)}
+
+
+async def test_a_prompt_functions_own_seed_stays_and_its_object_is_not_changed(tmp_path: Path) -> None:
+    shared = fb.Chat([{"role": "user", "content": "the same"}])
+    own = fb.Prompt("own", seed=77)
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
+    engine = Seeds()
+    await fb.infer(chunk, solver_of(engine), prompt=lambda row: own if row["id"] else shared)
+    assert engine.seeds == {"own": 77, "the same": 0}
+    assert shared.seed is None
+
+
+async def test_conversations_are_answered_and_a_broken_one_fails_alone(tmp_path: Path) -> None:
+    messages = [[{"role": "user", "content": f"q{i}"}] for i in range(3)]
+    messages[1] = [{"role": "user", "content": ""}]
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "in.parquet")
+    chunk = chunk_of(tmp_path, str(tmp_path / "in.parquet"))
+    await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt=fb.ChatColumn("messages"))
+    assert [row["response"] for row in rows_of(chunk)] == ["echo: q0", None, "echo: q2"]
+    assert "messages[0], which the model is to answer, is empty" in rows_of(chunk)[1]["error"]
+
+
+async def test_a_conversations_column_that_is_not_there_is_bad_input_before_the_engine_starts(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
+    with pytest.raises(fb.BadInput, match="reads column 'messages'; the source has id, question"):
+        await fb.infer(chunk, solver_of(), prompt=fb.ChatColumn("messages"))
