@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from flyte_batch.errors import TooManyFailures as TooManyFailures
     from flyte_batch.pipeline import Failure as Failure
     from flyte_batch.pipeline import Pipeline as Pipeline
+    from flyte_batch.prompts import ChatColumn as ChatColumn
     from flyte_batch.prompts import PromptTemplate as PromptTemplate
     from flyte_batch.records import Chat as Chat
     from flyte_batch.records import Completion as Completion
@@ -70,7 +71,7 @@ _HOMES = {
         "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",
     ),
     "pipeline": ("Failure", "Pipeline"),
-    "prompts": ("PromptTemplate",),
+    "prompts": ("ChatColumn", "PromptTemplate"),
     "records": (
         "Chat", "Completion", "CostEstimator", "Prompt", "SamplingParameters", "StructuredOutput", "TokenEstimator",
     ),

@@ -1,16 +1,18 @@
-"""From a row to a `Prompt`: templates with the source's columns, filled without evaluating anything."""
+"""From a row to a `Prompt` or a `Chat`: the source's columns put into words without evaluating anything."""
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flyte_batch.errors import BadInput, BadRecord
-from flyte_batch.records import Prompt
+from flyte_batch.records import Chat, Prompt
 
 Row = Mapping[str, object]
-PromptFunction = Callable[[Row], "Prompt | str"]
+PromptFunction = Callable[[Row], "Prompt | Chat | str"]
 """A function of a row (column name -> value) that returns what to ask; an exception fails that row only."""
 
 
@@ -21,12 +23,19 @@ class PromptTemplate:
     A field is the *name of a column*, never an expression: ``{a.b}`` and ``{a[0]}`` mean columns of exactly these
     names, so a template cannot reach into objects.
 
+    Args:
+        text: the template.
+        system: instructions before it, the same for every row and as they are; None for none.
+        image_column: a column with the row's picture or a list of them, for a vision model: each the bytes of an
+            encoded picture, a path, a ``data:`` URL, or Hugging Face datasets' ``{"bytes", "path"}``.
+
     Raises:
-        BadInput: the template is not well formed, or has no field (every row would ask the same).
+        BadInput: the template is not well formed, or names no column (every row would ask the same).
     """
 
     text: str
     system: str | None = None
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         if not self.columns:
@@ -43,16 +52,19 @@ class PromptTemplate:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the template needs, each once, in order of appearance."""
-        return tuple(dict.fromkeys(field for _, field, _ in self._parts() if field is not None))
+        """The columns that the template needs, each once, in order of appearance, that of the images last."""
+        fields = [field for _, field, _ in self._parts()]
+        return tuple(dict.fromkeys(field for field in [*fields, self.image_column] if field is not None))
 
     def __call__(self, row: Row) -> Prompt:
         """Fill the template from a row.
 
         Raises:
-            BadRecord: a column is null, or its value does not take the field's format.
+            BadRecord: a column is null, its value does not take the field's format, or is no image.
         """
-        return Prompt("".join(_fill(literal, field, spec, row) for literal, field, spec in self._parts()), self.system)
+        text = "".join(_fill(literal, field, spec, row) for literal, field, spec in self._parts())
+        images = () if self.image_column is None else _images(row, self.image_column)
+        return Prompt(text, self.system, images)
 
     def _parts(self) -> list[tuple[str, str | None, str]]:
         parts: list[tuple[str, str | None, str]] = []
@@ -82,12 +94,105 @@ def _fill(literal: str, field: str | None, spec: str, row: Row) -> str:
         raise BadRecord(f"column {field!r} cannot be formatted with {spec!r}: {error}") from error
 
 
-def prompt_function(prompt: str | PromptTemplate | PromptFunction) -> PromptFunction:
-    """A template's text, a template or a function, all as a function of a row."""
+@dataclass(frozen=True, slots=True)
+class ChatColumn:
+    """A column with a conversation a row: a list of ``{"role", "content"}``, or the JSON text of one.
+
+    What a message may be says `Chat`. Keys that a row does not use may be null, as they are in Parquet files.
+
+    Args:
+        column: its name.
+        system: a system message for the conversations that have none; None adds none.
+        image_column: a column with the pictures, as for `PromptTemplate`, of conversations that only mark their place
+            with ``{"type": "image"}``, as Hugging Face's datasets do; as many as there are marks, in their order.
+    """
+
+    column: str
+    system: str | None = None
+    image_column: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it reads."""
+        return (self.column,) if self.image_column is None else (self.column, self.image_column)
+
+    def __call__(self, row: Row) -> Chat:
+        """The row's conversation. Engines check its messages one by one.
+
+        Raises:
+            BadRecord: the column is null, is no list, or a text that is no JSON list; a picture is missing or too much.
+        """
+        messages = self._messages(row)
+        if self.image_column is not None:
+            messages = _with_images(messages, _images(row, self.image_column), self.image_column)
+        roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+        if self.system is not None and "system" not in roles:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return Chat(messages)
+
+    def _messages(self, row: Row) -> list[Any]:
+        value = row[self.column]
+        if value is None:
+            raise BadRecord(f"column {self.column!r} is null")
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise BadRecord(
+                    f"column {self.column!r} holds a text that is no JSON ({error}): for plain questions use a template"
+                ) from error
+        if not isinstance(value, list):
+            raise BadRecord(f"column {self.column!r} holds a {type(value).__name__}, not a list of messages")
+        return value
+
+
+def _images(row: Row, column: str) -> tuple[bytes | str, ...]:
+    value = row[column]
+    if value is None:
+        raise BadRecord(f"column {column!r} is null")
+    images = [_image(item) for item in (value if isinstance(value, list) else [value])]
+    found = tuple(image for image in images if image)
+    if len(found) < len(images):
+        raise BadRecord(f"column {column!r} holds no image: it must be bytes, a path, a data: URL or {{bytes, path}}")
+    return found
+
+
+def _image(value: object) -> bytes | str | None:
+    if isinstance(value, Mapping):  # datasets keeps the file's bare name as path beside its bytes
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes | str) else None
+
+
+def _with_images(messages: list[Any], images: tuple[bytes | str, ...], column: str) -> list[Any]:
+    """The messages with the pictures at their marks; the row's own are left as they are."""
+    left = iter(images)
+    filled = [
+        {**message, "content": [_filled(part, left, column) for part in message["content"]]}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+    if next(left, None) is not None:
+        raise BadRecord(f"column {column!r} holds {len(images)} images, more than the conversation has places for")
+    return filled
+
+
+def _filled(part: Any, left: Iterator[bytes | str], column: str) -> Any:
+    given = {key for key, value in part.items() if value is not None} if isinstance(part, Mapping) else set()
+    if not given or part.get("type") != "image" or given & {"image", "url", "path"}:
+        return part
+    image = next(left, None)
+    if image is None:
+        raise BadRecord(f"column {column!r} holds fewer images than the conversation has places for")
+    return {"type": "image", "image": image}
+
+
+def prompt_function(prompt: str | PromptTemplate | ChatColumn | PromptFunction) -> PromptFunction:
+    """A template's text, a template, a column or a function, all as a function of a row."""
     return PromptTemplate(prompt) if isinstance(prompt, str) else prompt
 
 
-def prompt_columns(prompt: str | PromptTemplate | PromptFunction) -> Sequence[str] | None:
+def prompt_columns(prompt: str | PromptTemplate | ChatColumn | PromptFunction) -> Sequence[str] | None:
     """The columns a prompt reads, or None if only the function knows."""
     function = prompt_function(prompt)
-    return function.columns if isinstance(function, PromptTemplate) else None
+    return function.columns if isinstance(function, PromptTemplate | ChatColumn) else None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 
 import flyte_batch as fb
@@ -53,3 +56,90 @@ def test_only_a_template_knows_which_columns_it_reads() -> None:
     assert prompt_columns("{a} {b} {a}") == ("a", "b")
     assert prompt_columns(lambda row: str(row["a"])) is None
     assert prompt_function("{a}")({"a": 1}) == fb.Prompt("1")
+
+
+TURNS = [{"role": "user", "content": "1 + 1?", "name": None}]
+PICTURE = {"bytes": b"png", "path": "cat.png"}
+
+
+@pytest.mark.parametrize("value", [TURNS, json.dumps(TURNS)])
+def test_a_conversation_comes_from_a_list_or_from_json(value: Any) -> None:
+    assert fb.ChatColumn("messages")({"messages": value}) == fb.Chat(TURNS)
+
+
+def test_a_system_message_is_put_before_conversations_that_have_none() -> None:
+    column = fb.ChatColumn("messages", system="be brief")
+    system = {"role": "system", "content": "be brief"}
+    assert column({"messages": TURNS}).messages == [system, *TURNS]
+    own = [{"role": "system", "content": "be long"}, *TURNS]
+    assert column({"messages": own}).messages == own
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (None, "column 'messages' is null"),
+        ("why?", "a text that is no JSON .*use a template"),
+        ("[" * 100_000, "no JSON"),
+        ('{"role": "user"}', "holds a dict, not a list"),
+        (7, "holds a int, not a list"),
+    ],
+)
+def test_a_column_without_a_conversation_is_a_bad_record(value: Any, why: str) -> None:
+    with pytest.raises(fb.BadRecord, match=why):
+        fb.ChatColumn("messages")({"messages": value})
+
+
+def test_what_is_no_message_is_left_to_the_engine_which_names_it() -> None:
+    chat = fb.ChatColumn("messages", system="be brief")({"messages": ["why?"]})
+    with pytest.raises(fb.BadRecord, match=r"messages\[1\] is of type str"):
+        fb.FakeEngine().prepare(chat)
+
+
+@pytest.mark.parametrize(
+    ("value", "images"),
+    [
+        (b"png", (b"png",)),
+        ("cat.png", ("cat.png",)),
+        (PICTURE, (b"png",)),
+        ({"bytes": None, "path": "cat.png"}, ("cat.png",)),
+        ([b"png", PICTURE], (b"png", b"png")),
+        ([], ()),
+    ],
+)
+def test_a_template_may_show_the_rows_pictures(value: Any, images: tuple[bytes | str, ...]) -> None:
+    template = fb.PromptTemplate("What is it?", image_column="photo")
+    assert template.columns == ("photo",)
+    assert template({"photo": value}) == fb.Prompt("What is it?", None, images)
+
+
+@pytest.mark.parametrize("value", [None, 7, b"", {"bytes": None, "path": None}, ["cat.png", None]])
+def test_a_row_without_a_picture_is_a_bad_record_that_names_the_column(value: Any) -> None:
+    with pytest.raises(fb.BadRecord, match="column 'photo'"):
+        fb.PromptTemplate("{question}", image_column="photo")({"question": "What is it?", "photo": value})
+
+
+def marked(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", "text": None, "index": 0}, *parts]}
+
+
+def test_a_conversations_marks_are_filled_with_the_rows_pictures_in_order() -> None:
+    column = fb.ChatColumn("messages", image_column="photos")
+    messages = [marked("This?", {"type": "image", "url": "own.png"}), *TURNS, marked()]
+    chat = column({"messages": messages, "photos": [b"1", b"2"]})
+    assert column.columns == ("messages", "photos")
+    assert chat.messages[0]["content"][0] == {"type": "image", "image": b"1"}
+    assert chat.messages[0]["content"][1:] == ["This?", {"type": "image", "url": "own.png"}]
+    assert chat.messages[1] == TURNS[0]
+    assert chat.messages[2]["content"] == [{"type": "image", "image": b"2"}]
+    assert messages[2] == marked()  # the row's own are as they were
+
+
+@pytest.mark.parametrize(("photos", "why"), [([b"1"], "fewer images"), ([b"1", b"2", b"3"], "3 images, more than")])
+def test_pictures_that_do_not_go_with_the_marks_are_a_bad_record(photos: list[bytes], why: str) -> None:
+    with pytest.raises(fb.BadRecord, match=why):
+        fb.ChatColumn("messages", image_column="photos")({"messages": [marked(), marked()], "photos": photos})
+
+
+def test_the_columns_of_a_conversation_are_known_before_anything_starts() -> None:
+    assert prompt_columns(fb.ChatColumn("messages")) == ("messages",)
