@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine as CTranslate2Engine
     from flyte_batch.engines.fake import FakeContinuousEngine as FakeContinuousEngine
     from flyte_batch.engines.fake import FakeEngine as FakeEngine
+    from flyte_batch.engines.vllm import VLLMEngine as VLLMEngine
     from flyte_batch.environments import driver_environment as driver_environment
     from flyte_batch.environments import replica_environment as replica_environment
     from flyte_batch.environments import require_shared as require_shared
@@ -65,6 +66,7 @@ _HOMES = {
     "engines.base": ("ContinuousEngine", "Engine"),
     "engines.ctranslate2": ("CTranslate2Engine",),
     "engines.fake": ("FakeContinuousEngine", "FakeEngine"),
+    "engines.vllm": ("VLLMEngine",),
     "environments": ("driver_environment", "replica_environment", "require_shared", "slots"),
     "errors": (
         "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",

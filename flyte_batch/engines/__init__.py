@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from flyte_batch.engines.base import Engine
+from flyte_batch.engines.base import ContinuousEngine, Engine
 
 if TYPE_CHECKING:
     from flyte_batch.engines.choice import EngineChoice, choose_engine, start_engine
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine
     from flyte_batch.engines.fake import FakeContinuousEngine, FakeEngine
+    from flyte_batch.engines.vllm import VLLMEngine
 
 __all__ = [
     "CTranslate2Engine",
+    "ContinuousEngine",
     "Engine",
     "EngineChoice",
     "FakeContinuousEngine",
     "FakeEngine",
+    "VLLMEngine",
     "choose_engine",
     "start_engine",
 ]
@@ -26,6 +29,7 @@ _HOMES = {
     "CTranslate2Engine": "ctranslate2",
     "FakeContinuousEngine": "fake",
     "FakeEngine": "fake",
+    "VLLMEngine": "vllm",
     "EngineChoice": "choice",
     "choose_engine": "choice",
     "start_engine": "choice",

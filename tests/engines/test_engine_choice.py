@@ -13,9 +13,31 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from flyte_batch.demo import model_path
 from flyte_batch.engines import CTranslate2Engine, FakeEngine, choose_engine, start_engine
 from flyte_batch.errors import BadInput, EngineError
 from flyte_batch.records import Prompt, SamplingParameters
+
+
+@pytest.fixture
+def hugging_face_model(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_path("hf"), tmp_path / "hf"))
+
+
+@pytest.fixture(autouse=True)
+def _vllm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an environment without the extra, wherever these tests run."""
+    pretend(monkeypatch, vllm=False)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **installed: bool) -> None:
+    """Let packages look installed, or not."""
+    real = importlib.util.find_spec
+    spec = importlib.util.spec_from_loader("anything", None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: (spec if installed[name] else None) if name in installed else real(name),
+    )
 
 
 class TestChoosing:
@@ -27,14 +49,14 @@ class TestChoosing:
     @pytest.mark.parametrize(
         ("engine", "model", "why"),
         [
-            ("ctranslate", "demo", r"did you mean ctranslate2\?.*auto, ctranslate2, fake"),
-            ("qwerty", "demo", "engines are auto, ctranslate2, fake"),
+            ("ctranslate", "demo", r"did you mean ctranslate2\?.*auto, ctranslate2, vllm, fake"),
+            ("qwerty", "demo", "engines are auto, ctranslate2, vllm, fake"),
             ("auto", "demmo", r"did you mean demo\?"),
             ("auto", "", "no model given"),
             ("auto", "/nowhere/at/all", "there is no folder /nowhere/at/all: check the path"),
             ("auto", "./nowhere", "a relative one counts from"),
             ("auto", "models/of/mine", "there is no folder models/of/mine"),
-            ("auto", "s3://bucket/model", "download it to a folder first"),
+            ("ctranslate2", "s3://bucket/model", "download it to a folder first.*or take the engine vllm"),
             ("auto", "two words", "Hugging Face id"),
         ],
     )
@@ -49,7 +71,7 @@ class TestChoosing:
         with pytest.raises(BadInput) as caught:
             choose_engine("auto", str(tmp_path))
         command = f"ct2-transformers-converter --model {tmp_path} --output_dir OUT --copy_files"
-        assert f"{command} tokenizer.json chat_template.jinja" in str(caught.value)
+        assert f"{command} tokenizer.json chat_template.jinja; or take the engine vllm" in str(caught.value)
 
     def test_a_folder_without_a_model_says_what_was_looked_for(self, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"looked for model\.bin"):
@@ -71,10 +93,48 @@ class TestChoosing:
     def test_a_missing_package_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, package: str, model: str, remedy: str
     ) -> None:
-        real = importlib.util.find_spec
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else real(name))
+        pretend(monkeypatch, **{package: False})
         with pytest.raises(BadInput, match=f"{package}.*with its {remedy}"):
             choose_engine("auto", model)
+
+    @pytest.mark.parametrize("model", ["owner/name", "s3://bucket/model"])
+    def test_vllm_where_it_is_missing_says_what_to_install(self, model: str) -> None:
+        for engine in ("vllm", "auto") if "://" in model else ("vllm",):
+            with pytest.raises(BadInput, match=r"vllm needs vllm, not installed here.*with its extra 'vllm'"):
+                choose_engine(engine, model)
+
+    @pytest.mark.parametrize("here", [True, False])
+    def test_auto_runs_hugging_face_models_with_vllm_and_converted_ones_with_ctranslate2(
+        self, monkeypatch: pytest.MonkeyPatch, model: Path, hugging_face_model: Path, here: bool
+    ) -> None:
+        pretend(monkeypatch, vllm=here)  # on another machine it need not be installed here
+        chosen = {name: choose_engine("auto", name, here).engine for name in (
+            "demo", "owner/name", "owner/name@v1", "s3://bucket/model", str(model), str(hugging_face_model)
+        )}  # fmt: skip
+        assert [name for name, engine in chosen.items() if engine == "ctranslate2"] == ["demo", str(model)]
+        assert set(chosen.values()) == {"ctranslate2", "vllm"}
+
+    def test_auto_does_without_vllm(self) -> None:
+        assert choose_engine("auto", "owner/name").engine == "ctranslate2"
+
+    @pytest.mark.parametrize("engine", ["vllm", "ctranslate2"])
+    def test_on_another_machine_no_package_is_needed_here(self, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+        pretend(monkeypatch, vllm=False, ctranslate2=False, tokenizers=False, huggingface_hub=False)
+        assert choose_engine(engine, "owner/name", here=False).engine == engine
+        assert choose_engine(engine, "demo", here=False).engine == engine
+
+    @pytest.mark.parametrize(
+        ("missing", "why"),
+        [("config.json", r"holds no config\.json"), ("model.safetensors", "holds no weights: vLLM needs")],
+    )
+    def test_vllm_needs_a_whole_hugging_face_model(self, hugging_face_model: Path, missing: str, why: str) -> None:
+        (hugging_face_model / missing).unlink()
+        with pytest.raises(BadInput, match=why):
+            choose_engine("vllm", str(hugging_face_model), here=False)
+
+    def test_vllm_does_not_take_what_was_converted_for_ctranslate2(self, own_model: Path) -> None:
+        with pytest.raises(BadInput, match="converted for CTranslate2: name the folder it was converted from"):
+            choose_engine("vllm", str(own_model), here=False)
 
     def test_loads_no_engine(self) -> None:
         code = (
@@ -103,6 +163,13 @@ class TestIdentity:
         assert len({choose_engine("auto", name).identity for name in names}) == 4
         assert choose_engine("auto", "owner/name").identity == choose_engine("auto", "owner/name@main").identity
         assert choose_engine("fake").identity != choose_engine("ctranslate2").identity
+        assert choose_engine("vllm", "owner/name", here=False) != choose_engine("ctranslate2", "owner/name")
+
+    def test_of_a_folder_for_vllm_is_that_of_its_files(self, hugging_face_model: Path) -> None:
+        demo = choose_engine("vllm", "demo", here=False).identity
+        assert choose_engine("vllm", str(hugging_face_model), here=False).identity == demo
+        (hugging_face_model / "generation_config.json").write_text("{}")
+        assert choose_engine("vllm", str(hugging_face_model), here=False).identity != demo
 
 
 class TestStarting:
