@@ -26,9 +26,13 @@ def _include() -> tuple[str, ...]:
     """The whole package, for Flyte's code bundle, where it is not installed but lies beside the workflow.
 
     A bundle carries the modules that happen to be imported, and hides what the image has of the same package. Ours are
-    imported when they are first needed, so without this a replica would miss most of them.
+    imported when they are first needed, so without this a replica would miss most of them. File by file, because from a
+    folder Flyte leaves out what git ignores or does not know yet (it takes the ``*`` in any tool's own .gitignore,
+    hypothesis' say, for the whole tree).
     """
-    return () if "site-packages" in _PACKAGE.parts else (str(_PACKAGE),)
+    if {"site-packages", "dist-packages"} & set(_PACKAGE.parts):  # the second is Debian's
+        return ()
+    return tuple(sorted(str(path) for path in _PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"))
 
 
 def replica_environment(

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-import tarfile
-from pathlib import Path
-
 import flyte
 import pytest
 
 import flyte_batch as fb
 from images import cpu_image
-from tests.helpers import ENVIRONMENT, ROOT
 from workflows import generate
 
 
@@ -44,42 +38,6 @@ def test_a_driver_is_no_replica_and_depends_on_them() -> None:
 def test_numbers_that_cannot_work_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be"):
         fb.replica_environment("none", image=cpu_image, **options)  # type: ignore[arg-type]
-
-
-def test_the_bundle_of_a_workflow_holds_the_whole_package(tmp_path: Path) -> None:
-    """Flyte's own bundler, in a process that has imported the workflow and nothing more: what a replica would get."""
-    (tmp_path / "bundle").mkdir()
-    program = (
-        "import asyncio, sys, flyte; from pathlib import Path; from workflows import generate;"
-        "from flyte._code_bundle import build_code_bundle;"
-        "from flyte._code_bundle._includes import collect_env_include_files as files;"
-        "bundle = asyncio.run(build_code_bundle(Path.cwd(), dryrun=True, copy_bundle_to=Path(sys.argv[1]),"
-        " additional_files=files([generate.replicas, generate.driver])))"
-    )
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "bundle")],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        check=True,
-        capture_output=True,
-    )
-    (bundle,) = tmp_path.rglob("*.tar.gz")
-    with tarfile.open(bundle) as tar:
-        tar.extractall(tmp_path / "replica", filter="data")
-    program = (
-        "import importlib, pkgutil, flyte_batch;"
-        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(flyte_batch.__path__, 'flyte_batch.')"
-        " if not m.name.endswith('__main__')];"
-        "import workflows.generate;"
-        "from flyte_batch.demo import model_path; assert (model_path() / 'model.bin').is_file();"
-        "print(flyte_batch.__file__)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path / "replica", env=ENVIRONMENT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "replica")
 
 
 def test_on_a_cluster_paths_that_containers_do_not_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
