@@ -126,6 +126,12 @@ def answer(
     return run_in_container(python, folder, RUN, source, str(output), engine, image=IMAGES[image]), output
 
 
+def copy_of_the_project(folder: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(ROOT / name, folder / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "project"
+
+
 @pytest.mark.parametrize(("workflow", "image"), [*((w, "cpu") for w in WORKFLOWS), ("generate", "vllm")])
 def test_all_that_a_bundle_imports_however_lazily_is_in_it_or_in_the_image(
     workflow: str, image: str, container: Container, bundle: Bundle, tmp_path: Path
@@ -162,9 +168,7 @@ def test_a_chunk_needs_nothing_of_the_other_image(container: Container, bundle: 
 # -- That the tests above would notice --------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("package", "module"), [("async-lru", "async_lru"), ("jinja2", "jinja2"), ("datasets", "datasets")]
-)
+@pytest.mark.parametrize(("package", "module"), [("async-lru", "async_lru"), ("datasets", "datasets")])
 def test_an_image_that_lacks_a_package_is_found(package: str, module: str, bundle: Bundle, tmp_path: Path) -> None:
     present = [found for found in closure(pins(cpu_image).values()) if found.name.lower() != package]
     python = make_environment(tmp_path / "venv", present)
@@ -203,6 +207,18 @@ def test_without_what_the_environments_include_flyte_would_leave_most_of_the_pac
     assert "No module named 'flyte_batch" in done.stdout + done.stderr
 
 
+def test_what_git_ignores_or_does_not_know_yet_is_in_the_bundle_too(tmp_path: Path) -> None:
+    project = copy_of_the_project(tmp_path, "workflows", "images", "flyte_batch")
+    subprocess.run(["git", "init", "-q", str(project)], check=True)
+    (project / ".gitignore").write_text("data/\n*.bin\n")
+    (project / "cache").mkdir()
+    (project / "cache" / ".gitignore").write_text("*\n")
+    folder = unpack(build_bundle("workflows.generate", tmp_path, root=project, python=sys.executable), tmp_path / "one")
+    bundled = {path.relative_to(folder) for path in folder.rglob("*")}
+    for path in (project / "flyte_batch").rglob("*"):
+        assert path.suffix == ".pyc" or path.is_dir() or path.relative_to(project) in bundled
+
+
 # -- The package installed, not beside the workflow -------------------------
 
 
@@ -210,9 +226,7 @@ def test_without_what_the_environments_include_flyte_would_leave_most_of_the_pac
 def test_an_installed_package_stays_out_of_the_bundle_and_must_be_in_the_image(
     packages: str, container: Container, tmp_path: Path
 ) -> None:
-    project = tmp_path / "project"
-    for name in ("workflows", "images"):
-        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    project = copy_of_the_project(tmp_path, "workflows", "images")
     with_package = make_environment(tmp_path / "venv", closure(pins(cpu_image).values()))
     (site_packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     # Debian's own Python, which has dist-packages, finds them by a .pth file too.
