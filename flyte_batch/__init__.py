@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from flyte_batch.environments import driver_environment as driver_environment
     from flyte_batch.environments import replica_environment as replica_environment
     from flyte_batch.environments import require_shared as require_shared
+    from flyte_batch.environments import runs_here as runs_here
     from flyte_batch.environments import slots as slots
     from flyte_batch.errors import BadInput as BadInput
     from flyte_batch.errors import BadRecord as BadRecord
@@ -67,7 +68,7 @@ _HOMES = {
     "engines.ctranslate2": ("CTranslate2Engine",),
     "engines.fake": ("FakeContinuousEngine", "FakeEngine"),
     "engines.vllm": ("VLLMEngine",),
-    "environments": ("driver_environment", "replica_environment", "require_shared", "slots"),
+    "environments": ("driver_environment", "replica_environment", "require_shared", "runs_here", "slots"),
     "errors": (
         "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",
         "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",

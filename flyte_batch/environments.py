@@ -42,6 +42,7 @@ def replica_environment(
     gpu: str | int | None = None,
     cpu: str | int | None = None,
     memory: str | None = None,
+    shm: str | None = "auto",
     replicas: int | tuple[int, int] = (1, 2),
     concurrency: int = DEFAULT_CONCURRENCY,
     idle_ttl: int = DEFAULT_IDLE_TTL_S,
@@ -56,6 +57,8 @@ def replica_environment(
         gpu: device and count, such as ``"A10G:1"``, ``"L4:1"`` or ``1``; None for CPU engines.
         cpu: cores, such as ``4``.
         memory: such as ``"16Gi"``.
+        shm: shared memory, such as ``"8Gi"``; several GPUs of one engine talk through it, and a container has 64 MiB
+            of its own. ``"auto"`` bounds it by the container's memory.
         replicas: how many containers: a fixed number, or (fewest, most) to scale between.
         concurrency: chunks that one replica takes at once. They share the engine, so several are needed to fill it:
             while one chunk is read or written, the others keep the device busy.
@@ -75,7 +78,7 @@ def replica_environment(
     return flyte.TaskEnvironment(
         name=name,
         image=image,
-        resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu),  # type: ignore[arg-type]
+        resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu, shm=shm),  # type: ignore[arg-type]
         reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
         env_vars=env_vars,
         secrets=secrets,
@@ -90,6 +93,7 @@ def driver_environment(
     depends_on: Sequence[flyte.Environment] = (),
     cpu: str | int = 1,
     memory: str = "2Gi",
+    env_vars: dict[str, str] | None = None,
 ) -> flyte.TaskEnvironment:
     """An environment for the task that plans a run and fans its chunks out.
 
@@ -102,11 +106,14 @@ def driver_environment(
         depends_on: the replica environments whose tasks it calls; they are deployed with it.
         cpu: cores.
         memory: such as ``"2Gi"``; rows never pass through a driver, so it stays small.
+        env_vars: environment variables of the container. A driver imports the workflow's file again: whatever that
+            reads from the environment of the shell that submits it belongs here.
     """
     return flyte.TaskEnvironment(
         name=name,
         image=image,
         resources=flyte.Resources(cpu=cpu, memory=memory),
+        env_vars=env_vars,
         depends_on=list(depends_on),
         include=_include(),
     )
@@ -125,6 +132,12 @@ def slots(environment: flyte.TaskEnvironment) -> tuple[int, int]:
     return most, policy.concurrency
 
 
+def runs_here() -> bool:
+    """Whether tasks that this one calls run in this process, as in local mode, not in containers of a cluster."""
+    context = flyte.ctx()
+    return context is None or context.mode != "remote"
+
+
 def require_shared(**paths: str) -> None:
     """Refuse paths that the containers of a cluster do not share; in local mode everything is on one machine.
 
@@ -134,8 +147,7 @@ def require_shared(**paths: str) -> None:
     Raises:
         BadInput: the run is remote and a path has no scheme such as ``s3://``.
     """
-    context = flyte.ctx()
-    if context is None or context.mode != "remote":
+    if runs_here():
         return
     for option, path in paths.items():
         if "://" not in path or path.startswith("file://"):

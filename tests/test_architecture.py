@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "fingerprint": set(),
     "singletons": set(),
     "environments": set(),
+    "options": set(),
     "prompts": set(),
     "pipeline": {"cores"},
     "data": set(),

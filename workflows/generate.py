@@ -1,38 +1,76 @@
 """Answer every row of a dataset with a language model.
 
     flyte run --local workflows/generate.py main --source questions.jsonl --output out/answers
+    flyte run workflows/generate.py main --source s3://bucket/questions/ --output s3://bucket/answers \\
+        --engine vllm --model Qwen/Qwen2.5-7B-Instruct
 
 Finds what is wrong with its input before a model loads, shows progress, survives being killed (run the same command
 again: finished chunks are kept), and leaves Parquet parts with a manifest. Without ``--local`` it runs on the cluster
-of your Flyte configuration, with paths that its containers can reach.
+of your Flyte configuration, with paths that its containers can reach: vLLM on GPU replicas, all else on CPU replicas.
+Which GPU, and how many of them at most, say the environment variables ``FLYTE_BATCH_GPU`` and ``FLYTE_BATCH_REPLICAS``
+of the shell that submits the run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from dataclasses import dataclass
 
 import flyte_batch as fb
-from flyte_batch.engines import EngineChoice, choose_engine, start_engine
+from flyte_batch.engines import EngineChoice, check_engine_options, choose_engine, start_engine
 from flyte_batch.fingerprint import fingerprint
-from images import cpu_image
+from flyte_batch.options import parse_object, parse_schema, sampling_parameters
+from images import cpu_image, vllm_image
 
-replicas = fb.replica_environment(
-    "generate-replica", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
+GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
+REPLICAS = int(os.environ.get("FLYTE_BATCH_REPLICAS", "4"))
+
+cpu_replicas = fb.replica_environment(
+    "generate-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
 )
-driver = fb.driver_environment("generate", image=cpu_image, depends_on=[replicas])
+gpu_replicas = fb.replica_environment(
+    "generate-gpu", image=vllm_image, gpu=GPU, cpu=4, memory="24Gi", replicas=(1, REPLICAS), concurrency=10
+)
+driver = fb.driver_environment(
+    "generate",
+    image=cpu_image,
+    depends_on=[cpu_replicas, gpu_replicas],
+    # A container imports this file again, and the driver asks it how far it may fan out.
+    env_vars={"FLYTE_BATCH_GPU": GPU, "FLYTE_BATCH_REPLICAS": str(REPLICAS)},
+)
 
 BATCH_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to ask of whom."""
+    """What to ask of whom.
+
+    Attributes:
+        choice: engine and model.
+        sampling: how responses are continued.
+        engine_options: further parameters of the engine's ``start``: the text of a JSON object.
+        template: a text with {column} fields; not used where ``messages_column`` is.
+        messages_column: a column with conversations.
+        image_column: a column with pictures.
+        system: instructions for a chat model.
+    """
 
     choice: EngineChoice
     sampling: fb.SamplingParameters
-    prompt: str
+    engine_options: str
+    template: str
+    messages_column: str | None = None
+    image_column: str | None = None
     system: str | None = None
+
+    @property
+    def prompt(self) -> fb.PromptTemplate | fb.ChatColumn:
+        if self.messages_column is not None:
+            return fb.ChatColumn(self.messages_column, self.system, self.image_column)
+        return fb.PromptTemplate(self.template, self.system, self.image_column)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -40,27 +78,41 @@ class Job:
         return {
             "engine": self.choice.engine,
             "model": self.choice.identity,
+            "engine_options": self.engine_options,
             "prompt": self.prompt,
-            "system": self.system,
             "sampling": self.sampling,
         }
 
 
 @fb.singleton
-async def solver(choice: EngineChoice, sampling: fb.SamplingParameters) -> fb.EngineBatcher:
+async def solver(
+    choice: EngineChoice, sampling: fb.SamplingParameters, engine_options: str
+) -> fb.ContinuousBatcher | fb.EngineBatcher:
     """The process's engine for a model, shared by all chunks that a replica works on."""
-    engine = await start_engine(choice, sampling)
+    engine = await start_engine(choice, sampling, **json.loads(engine_options))
+    if isinstance(engine, fb.ContinuousEngine):
+        return fb.ContinuousBatcher(engine)
     # The engine cuts a batch to what its device takes at once; the budget only keeps very long prompts apart.
     return fb.EngineBatcher(
         engine, max_batch_size=BATCH_ROWS, target_batch_tokens=BATCH_ROWS * (sampling.max_tokens + 512)
     )
 
 
-@replicas.task(retries=2)
-async def infer_chunk(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+async def infer(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
     """Infer one chunk and commit its part."""
-    prompt = fb.PromptTemplate(job.prompt, job.system)
-    return await fb.infer(chunk, lambda: solver(job.choice, job.sampling), prompt=prompt)
+    return await fb.infer(chunk, lambda: solver(job.choice, job.sampling, job.engine_options), prompt=job.prompt)
+
+
+@cpu_replicas.task(retries=2)
+async def infer_chunk(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+    """`infer` on a CPU replica."""
+    return await infer(chunk, job)
+
+
+@gpu_replicas.task(retries=2)
+async def infer_chunk_on_gpu(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+    """`infer` on a GPU replica."""
+    return await infer(chunk, job)
 
 
 @driver.task
@@ -69,13 +121,19 @@ async def main(
     output: str,
     prompt_column: str = "question",
     prompt_template: str | None = None,
+    messages_column: str | None = None,
+    image_column: str | None = None,
     system_prompt: str | None = None,
     model: str = "demo",
     engine: str = "auto",
-    columns: str | None = None,
-    chunk_size: int | None = None,
+    engine_options: str = "{}",
     max_tokens: int = 256,
     temperature: float = 0.0,
+    seed: int | None = None,
+    json_schema: str | None = None,
+    sampling_options: str = "{}",
+    columns: str | None = None,
+    chunk_size: int | None = None,
     limit: int | None = None,
     max_failure_rate: float | None = None,
     retry_failures: bool = False,
@@ -88,13 +146,20 @@ async def main(
         output: folder for the Parquet parts and the manifest.
         prompt_column: the column to ask, where no template is given.
         prompt_template: text with {column} fields.
+        messages_column: a column with conversations to ask instead: a list of {role, content} in each row.
+        image_column: a column with pictures for a vision model: bytes, a path, or {bytes, path}, or lists of them.
         system_prompt: instructions for a chat model, the same for every row.
-        model: "demo" (the small arithmetic model in the package), a folder, or a Hugging Face id.
-        engine: "auto", "ctranslate2" or "fake".
-        columns: the source's columns to keep in the output, separated by commas; all when left out.
-        chunk_size: rows per chunk; planned when left out.
+        model: "demo" (the small arithmetic model in the package), a folder, a Hugging Face id, or, for vLLM, the URI
+            of a folder in an object store.
+        engine: "auto", "ctranslate2", "vllm" or "fake".
+        engine_options: further options of the engine, a JSON object: {"max_model_len": 4096, "quantization": "fp8"}.
         max_tokens: most tokens of a response.
         temperature: 0 is deterministic.
+        seed: of sampling; with it, and an engine that can, each row is sampled alike in every run.
+        json_schema: a JSON schema that every response must have: its text, or a file that holds it.
+        sampling_options: further sampling parameters, a JSON object: {"top_p": 0.9, "stop": ["END"]}.
+        columns: the source's columns to keep in the output, separated by commas; all when left out.
+        chunk_size: rows per chunk; planned when left out.
         limit: only the first so many rows.
         max_failure_rate: share (0-1) of failed rows above which the run fails; half of them when left out, in runs of
             at least 100 rows.
@@ -105,28 +170,39 @@ async def main(
         Rows, failures, tokens, seconds, utilization and the output's path.
     """
     fb.require_shared(source=source, output=output)
-    choice = await asyncio.to_thread(choose_engine, engine, model)
-    template = (
-        fb.PromptTemplate(prompt_template)
-        if prompt_template is not None
-        else fb.PromptTemplate.for_column(prompt_column)
+    sampling_given = parse_object("sampling_options", sampling_options)
+    if json_schema is not None:
+        sampling_given["structured"] = {"json_schema": parse_schema("json_schema", json_schema)}
+    sampling = sampling_parameters(
+        {"max_tokens": max_tokens, "temperature": temperature, "seed": seed} | sampling_given
     )
+    options = parse_object("engine_options", engine_options)
+    choice = await asyncio.to_thread(choose_engine, engine, model, here=fb.runs_here())
+    check_engine_options(choice.engine, options, sampling)
+    template = prompt_template if prompt_template is not None else fb.PromptTemplate.for_column(prompt_column).text
     job = Job(
-        choice, fb.SamplingParameters(max_tokens=max_tokens, temperature=temperature), template.text, system_prompt
+        choice,
+        sampling,
+        json.dumps(options, sort_keys=True),
+        template,
+        messages_column,
+        image_column,
+        system_prompt,
     )
+    replicas, task = (gpu_replicas, infer_chunk_on_gpu) if choice.engine == "vllm" else (cpu_replicas, infer_chunk)
     most_replicas, concurrency = fb.slots(replicas)
 
     async def run_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
-        return await infer_chunk(chunk, job)
+        return await task(chunk, job)
 
     return await fb.run(
         source,
         output,
         run_chunk,
         settings=job.settings,
-        code_version=fingerprint(infer_chunk),
+        code_version=fingerprint(infer),
         columns=[name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None,
-        required_columns=template.columns,
+        required_columns=job.prompt.columns,
         limit=limit,
         chunk_size=chunk_size,
         replicas=most_replicas,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flyte_batch.engines.choice import EngineChoice, choose_engine, start_engine
     from flyte_batch.engines.ctranslate2 import CTranslate2Engine
     from flyte_batch.engines.fake import FakeContinuousEngine, FakeEngine
+    from flyte_batch.engines.options import check_engine_options
     from flyte_batch.engines.vllm import VLLMEngine
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FakeContinuousEngine",
     "FakeEngine",
     "VLLMEngine",
+    "check_engine_options",
     "choose_engine",
     "start_engine",
 ]
@@ -31,6 +33,7 @@ _HOMES = {
     "FakeEngine": "fake",
     "VLLMEngine": "vllm",
     "EngineChoice": "choice",
+    "check_engine_options": "options",
     "choose_engine": "choice",
     "start_engine": "choice",
 }

@@ -45,6 +45,20 @@ _SEEDING = threading.Lock()
 _REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished character to
 
 
+def check_sampling(sampling: SamplingParameters) -> None:
+    """Raise if the engine cannot sample like this.
+
+    Raises:
+        BadInput: names the parameter and the remedy.
+    """
+    require_options(sampling, _MISSING, "the CTranslate2 engine")
+    if sampling.min_tokens and sampling.stop:
+        raise BadInput(
+            "the CTranslate2 engine cannot hold a stop text back until min_tokens: "
+            "leave one of stop and min_tokens out, or use vLLM"
+        )
+
+
 class CTranslate2Engine:
     """Continues prompts with a model that was converted by ``ct2-transformers-converter``.
 
@@ -118,12 +132,7 @@ class CTranslate2Engine:
     @classmethod
     def _load(cls, folder: Path, sampling: SamplingParameters, options: _Options) -> CTranslate2Engine:
         ctranslate2 = _import_ctranslate2()
-        require_options(sampling, _MISSING, "the CTranslate2 engine")
-        if sampling.min_tokens and sampling.stop:
-            raise BadInput(
-                "the CTranslate2 engine cannot hold a stop text back until min_tokens: "
-                "leave one of stop and min_tokens out, or use vLLM"
-            )
+        check_sampling(sampling)
         if not (folder / "model.bin").is_file():
             raise BadInput(f"{folder} holds no model.bin: it is not a model that ct2-transformers-converter wrote")
         files = ModelFolder.read(folder)

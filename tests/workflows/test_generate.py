@@ -122,6 +122,16 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no such model": (lambda p: ["--model", str(p / "nothing")], r"there is no folder"),
     "max_tokens 0": (lambda p: ["--max_tokens", "0"], r"max_tokens must be at least 1"),
     "temperature below 0": (lambda p: ["--temperature", "-1"], r"temperature must be 0"),
+    "unknown engine option": (
+        lambda p: ["--engine_options", '{"compute": "int8"}'],
+        r"no option 'compute'.*compute_type",
+    ),
+    "engine options no JSON": (lambda p: ["--engine_options", "int8"], r"--engine_options is no JSON"),
+    "unknown sampling option": (lambda p: ["--sampling_options", '{"topp": 1}'], r"'topp': did you mean top_p"),
+    "an engine without schemas": (lambda p: ["--json_schema", "{}"], r"CTranslate2 engine has no structured.*vLLM"),
+    "no such schema": (lambda p: ["--json_schema", "nope.json"], r"--json_schema nope\.json.*no file"),
+    "unknown messages column": (lambda p: ["--messages_column", "turns"], r"no column 'turns'"),
+    "vllm missing": (lambda p: ["--engine", "vllm"], r"the engine vllm needs vllm, not installed here"),
     "failure rate": (lambda p: ["--max_failure_rate", "2"], r"max_failure_rate must be between 0"),
 }
 
@@ -148,6 +158,20 @@ def test_the_fake_engine_answers_without_a_model(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     table = fb.read_output(str(tmp_path / "out"), columns=["id", "response"])
     assert table.to_pylist() == [{"id": i, "response": f"echo: say {i}"} for i in range(4)]
+
+
+def test_conversations_are_asked_with_the_sampling_and_engine_options_given(tmp_path: Path) -> None:
+    (problem,) = generate(1, 5)
+    turns = [{"role": "user", "content": problem.question}]
+    source = write_jsonl(tmp_path / "in.jsonl", [{"turns": turns}, {"turns": []}])
+    options = ["--messages_column", "turns", "--sampling_options", '{"stop": ["####"]}', "--engine_options"]
+    out = str(tmp_path / "out")
+    run = flyte_run("generate.py", "--source", source, "--output", out, *options, '{"compute_type": "float32"}')
+    assert run.returncode == 0, run.stdout + run.stderr
+    first, second = fb.read_output(out).to_pylist()
+    assert "=" in first["response"]
+    assert "####" not in first["response"]
+    assert "the conversation is empty" in second["error"]
 
 
 def test_parquet_folders_and_globs_are_sources_too(tmp_path: Path) -> None:

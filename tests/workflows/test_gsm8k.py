@@ -47,6 +47,8 @@ def test_a_question_that_is_null_costs_no_other_and_columns_that_are_no_text_are
     run = flyte_run("gsm8k.py", "--source", write_jsonl(tmp_path / "a.jsonl", rows))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 questions in 1 chunks, 1 failed, 1 right" in run.stdout
+    assert "'chunk-0000': [None, '" in panel(run.stdout)
+    assert re.search(r"utilization \d+\.\d%, \d+\.\d records in flight", run.stdout)
     run = flyte_run("gsm8k.py", "--source", write_jsonl(tmp_path / "b.jsonl", [{"question": "a", "answer": 5}]))
     assert run.returncode != 0
     assert "column 'answer' of" in panel(run.stdout)
