@@ -52,6 +52,7 @@ def test_on_a_cluster_paths_that_containers_do_not_share_are_refused(monkeypatch
 
 
 def test_the_workflows_tasks_sit_where_they_belong() -> None:
-    assert generate.infer_chunk.parent_env_name == "generate-replica"
+    assert generate.infer_chunk.parent_env_name == "generate-cpu"
+    assert generate.infer_chunk_on_gpu.parent_env_name == "generate-gpu"
     assert generate.main.parent_env_name == "generate"
-    assert generate.driver.depends_on == [generate.replicas]
+    assert generate.driver.depends_on == [generate.cpu_replicas, generate.gpu_replicas]
