@@ -121,7 +121,7 @@ def build_bundle(module: str, folder: Path, *, python: Path | str, root: Path = 
         cwd=root, env={**ENVIRONMENT, "PATH": os.defpath, "PYTHONPATH": str(root)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return Path(done.stdout.splitlines()[-1])
 
 

@@ -140,7 +140,7 @@ def test_all_that_a_bundle_imports_however_lazily_is_in_it_or_in_the_image(
     for path in (*(ROOT / "flyte_batch").rglob("*.py"), ROOT / "workflows" / f"{workflow}.py"):
         assert (folder / path.relative_to(ROOT)).is_file()
     done = import_all(container(image), folder, image)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_only_what_vllm_brings_is_left_to_be_imported_elsewhere() -> None:
@@ -153,7 +153,7 @@ def test_a_container_answers_with_the_model_that_the_bundle_carries(
 ) -> None:
     folder = unpack(bundle("generate"), tmp_path / "replica")
     done, output = answer(container("cpu"), folder, tmp_path, image="cpu", engine="ctranslate2")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = pq.read_table(output).to_pylist()
     assert sum(is_right(row["response"], row["answer"]) for row in rows) >= 19
 
@@ -161,7 +161,7 @@ def test_a_container_answers_with_the_model_that_the_bundle_carries(
 def test_a_chunk_needs_nothing_of_the_other_image(container: Container, bundle: Bundle, tmp_path: Path) -> None:
     folder = unpack(bundle("generate"), tmp_path / "replica")
     done, output = answer(container("vllm"), folder, tmp_path, image="vllm", engine="fake")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(output)["response"].null_count == 0
 
 
@@ -240,7 +240,7 @@ def test_an_installed_package_stays_out_of_the_bundle_and_must_be_in_the_image(
         "workflows/generate.py", "images/__init__.py"
     }  # fmt: skip
     done, output = answer(with_package, folder, tmp_path, image="cpu", engine="ctranslate2")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert pq.read_table(output)["response"].null_count == 0
     done, _ = answer(container("cpu"), folder, tmp_path, image="cpu", engine="ctranslate2")
     assert "No module named 'flyte_batch'" in done.stdout + done.stderr
