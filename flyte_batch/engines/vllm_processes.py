@@ -37,7 +37,7 @@ class EngineProcesses:
         for child in multiprocessing.active_children():
             if child.pid is not None and child.pid not in self._before and child.name.startswith(_ROOTS):
                 self._roots.setdefault(child.pid, child)
-        table = _process_table()
+        table = process_table()
         ours = {pid for pid, started in self._known.items() if pid in table and table[pid][1] == started}
         ours |= {pid for pid, root in self._roots.items() if root.is_alive()}
         newer = ours
@@ -49,7 +49,7 @@ class EngineProcesses:
     @property
     def alive(self) -> list[int]:
         """Ids of those that still run."""
-        table = _process_table()
+        table = process_table()
         running = {pid for pid, started in self._known.items() if pid in table and table[pid][1] == started}
         return sorted(running | {pid for pid, root in self._roots.items() if root.is_alive()})
 
@@ -91,7 +91,7 @@ class EngineProcesses:
                 continue
 
 
-def _process_table() -> dict[int, tuple[int, int]]:
+def process_table() -> dict[int, tuple[int, int]]:
     """id -> (parent's id, start in clock ticks since boot) of all processes but zombies; empty without ``/proc``."""
     table = {}
     for path in Path("/proc").glob("[0-9]*/stat"):

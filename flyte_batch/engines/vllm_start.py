@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -42,6 +43,7 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 _CPU_CACHE_BYTES = 1 << 30
 _LOOK_EVERY_S = 0.3
 _GRACE_S = 5.0
+_NO_JSON = re.compile(r"\(char \d+\)$")  # how every JSONDecodeError ends
 # One start at a time: which processes are new is told by comparing, and vLLM measures the device's free memory.
 _STARTING = threading.Lock()
 # What a process says that only repeats that another one failed.
@@ -55,7 +57,7 @@ class Launch:
     Attributes:
         model: a folder, a Hugging Face id, or an object store's URI.
         processes: those of vLLM, from the moment it starts any.
-        folder: temporary, for the errors of the engine's processes.
+        folder: temporary, for the errors of the engine's processes and the small files of a streamed model.
     """
 
     model: str
@@ -129,8 +131,8 @@ def refuse_import_of_main() -> None:
     raise BadInput(message)
 
 
-async def stream_arguments(uri: str, options: VLLMOptions) -> Mapping[str, Any]:
-    """Engine arguments that stream the weights of ``uri`` into the device; configuration and tokenizer are downloaded.
+async def stream_arguments(uri: str, options: VLLMOptions, folder: Path) -> Mapping[str, Any]:
+    """Engine arguments that stream the weights of ``uri`` into the device; other files are downloaded to ``folder``.
 
     Raises:
         BadInput: flyteplugins-vllm is missing, or there is no model at ``uri``.
@@ -146,12 +148,10 @@ async def stream_arguments(uri: str, options: VLLMOptions) -> Mapping[str, Any]:
     if options.load_format not in ("auto", LOAD_FORMAT):
         raise BadInput(f"a model in an object store is streamed: leave load_format={options.load_format!r} out")
     try:
-        arguments: Mapping[str, Any] = await engine_args(uri)
+        arguments: Mapping[str, Any] = await engine_args(uri, local_dir=folder)
     except Exception as error:  # many kinds, of the object store's libraries
         raise EngineError(f"the model {uri} cannot be read ({type(error).__name__}: {one_line(error)})") from error
-    folder = Path(arguments["model"])
     if not (folder / "config.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
         raise BadInput(f"there is no model at {uri}: looked for config.json below it")
     return arguments
 
@@ -165,7 +165,7 @@ def build(launch: Launch) -> Started:
         EngineError: vLLM could not start for another reason, as it says it.
     """
     import_vllm()
-    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -180,7 +180,7 @@ def build(launch: Launch) -> Started:
     files = _read_files(folder, options.trust_remote_code)
     if launch.chat is True and files.template is None:
         raise BadInput(f"chat=True, but {model} has no chat template: leave chat out to feed the plain text")
-    template = _sampling_template(SamplingParams, launch, files)
+    template = sampling_template(launch, files)
     lora = _lora_arguments(launch.lora)
     arguments |= {**place, **lora}
     if current_platform.is_cpu() and _cache_unsized(arguments):
@@ -188,7 +188,7 @@ def build(launch: Launch) -> Started:
     # Before the configuration is made: it is what tells vLLM's processes how to log.
     with _STARTING, _errors_to(launch.folder / "errors.jsonl", arguments):
         config = _configuration(AsyncEngineArgs, arguments, model)
-        _verify(template, config)
+        verify(template, config)
         if launch.cancelled.is_set():
             raise EngineError(f"the start of {model} was cancelled")
         launch.processes = EngineProcesses()
@@ -298,16 +298,24 @@ def _read_files(folder: Path, trust_remote_code: bool) -> ModelFolder:
         return ModelFolder.read(Path(converted))
 
 
-def _sampling_template(kind: Any, launch: Launch, files: ModelFolder) -> Any:
+def sampling_template(launch: Launch, files: ModelFolder) -> Any:
+    """vLLM's ``SamplingParams`` for a launch, without what differs from record to record.
+
+    Raises:
+        BadInput: a parameter is out of vLLM's range, or unknown to it.
+    """
+    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     special = {token.content: i for i, token in files.tokenizer.get_added_tokens_decoder().items() if token.special}
-    arguments = sampling_arguments(launch.sampling, launch.options.sampling_args or {}, kind.__struct_fields__, special)
+    arguments = sampling_arguments(
+        launch.sampling, launch.options.sampling_args or {}, SamplingParams.__struct_fields__, special
+    )
     try:
         form = launch.sampling.structured
         if form is not None:
             arguments["structured_outputs"] = StructuredOutputsParams(**_form_arguments(form))
-        return kind(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
+        return SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
     except Exception as error:  # VLLMValidationError, TypeError, pydantic's
         raise BadInput(f"vLLM refuses the sampling parameters: {one_line(error)}") from error
 
@@ -326,11 +334,17 @@ def _configuration(kind: Any, arguments: Mapping[str, Any], model: str) -> Any:
         advice = memory_advice(str(error))
         if advice is not None:
             raise EngineOutOfMemory(f"vLLM cannot load {model}: {advice}") from error
+        if _NO_JSON.search(one_line(error)):  # vLLM does not say which file; pydantic hides that it was a file
+            raise BadInput(f"a file of {model} is broken: JSON was expected in it ({one_line(error)})") from error
         raise BadInput(f"vLLM refuses {model} with these options: {one_line(error)}") from error
 
 
-def _verify(template: Any, config: Any) -> None:
-    """What vLLM checks of every record's parameters, once and before anything starts."""
+def verify(template: Any, config: Any) -> None:
+    """What vLLM checks of every record's parameters, once and before anything starts.
+
+    Raises:
+        BadInput: vLLM would refuse every record.
+    """
     from vllm.tokenizers import cached_tokenizer_from_config
 
     model = config.model_config
