@@ -3,7 +3,8 @@
 ``flyte run --local`` ignores images; a cluster builds them at the first deployment. They hold libraries only: our own
 code travels in Flyte's code bundle. docs/images.md says how, and what to do where it cannot.
 
-A pin is the version of ``constraints.txt``, which is what the tests run with, where that file names the package.
+A pin is the version that the tests run with: the one in ``constraints.txt``, and for vLLM's image in
+``tests/vllm_cpu/requirements.txt``.
 """
 
 from __future__ import annotations

