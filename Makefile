@@ -25,11 +25,11 @@ run: $(VENV)/installed-run
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-# On two CPU cores about five minutes to install, once, and ten to run. The last four need no vLLM, but packages that
+# On two CPU cores about five minutes to install, once, and ten to run. The last five need no vLLM, but packages that
 # come with it.
 test-vllm: $(VLLM_VENV)/installed-vllm
 	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu tests/engines/test_engine_choice.py \
-	  tests/engines/test_pictures.py tests/engines/test_structured.py tests/engines/test_vllm_options.py
+	  tests/engines/test_pictures.py tests/engines/test_structured.py tests/engines/test_vllm_options.py tests/test_images.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

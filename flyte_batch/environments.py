@@ -7,9 +7,10 @@ out; it depends on the replica environments that it calls.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import flyte
 
@@ -42,6 +43,7 @@ def replica_environment(
     gpu: str | int | None = None,
     cpu: str | int | None = None,
     memory: str | None = None,
+    disk: str | None = None,
     shm: str | None = "auto",
     replicas: int | tuple[int, int] = (1, 2),
     concurrency: int = DEFAULT_CONCURRENCY,
@@ -57,6 +59,7 @@ def replica_environment(
         gpu: device and count, such as ``"A10G:1"``, ``"L4:1"`` or ``1``; None for CPU engines.
         cpu: cores, such as ``4``.
         memory: such as ``"16Gi"``.
+        disk: such as ``"50Gi"``; models from Hugging Face land on it.
         shm: shared memory, such as ``"8Gi"``; several GPUs of one engine talk through it, and a container has 64 MiB
             of its own. ``"auto"`` bounds it by the container's memory.
         replicas: how many containers: a fixed number, or (fewest, most) to scale between.
@@ -64,26 +67,44 @@ def replica_environment(
             while one chunk is read or written, the others keep the device busy.
         idle_ttl: seconds (at least 30) until an idle environment shuts down; longer than a model's load, or every run
             starts cold.
-        env_vars: environment variables of the containers.
+        env_vars: environment variables of the containers. ``FLYTE_BATCH_POOL`` is added.
         secrets: Flyte's secret request, such as a token for a model hub.
 
     Raises:
-        ValueError: a number that cannot work, named with its remedy.
+        ValueError: a number or a GPU that cannot work, named with its remedy.
     """
     fewest, most = (replicas, replicas) if isinstance(replicas, int) else replicas
     if most < 1 or fewest < 0 or fewest > most:
         raise ValueError(f"replicas must be a positive number or (fewest, most), got {replicas}")
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1 chunk per replica, got {concurrency}")
+    _require_known_gpu(gpu)
+    # Flyte tells pools of warm containers apart by what they run, environment variables included, but not by the kind
+    # of GPU nor by concurrency: without this a run that asks for an L4 might be served by a warm A10G.
+    pool = f"gpu={gpu} concurrency={concurrency}"
     return flyte.TaskEnvironment(
         name=name,
         image=image,
-        resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu, shm=shm),  # type: ignore[arg-type]
+        resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu, disk=disk, shm=shm),  # type: ignore[arg-type]
         reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
-        env_vars=env_vars,
+        env_vars={**(env_vars or {}), "FLYTE_BATCH_POOL": pool},
         secrets=secrets,
         include=_include(),
     )
+
+
+def _require_known_gpu(gpu: str | int | None) -> None:
+    """Raise for a device that Flyte does not know, in fewer words than its own: it lists all 160."""
+    if not isinstance(gpu, str):
+        return
+    kinds = get_type_hints(flyte.Resources)["gpu"]
+    known = [name for kind in get_args(kinds) for name in get_args(kind) if isinstance(name, str)]
+    if gpu not in known:
+        spelled = {name.upper(): name for name in known}
+        close = [gpu.upper(), f"{gpu.upper()}:1", *difflib.get_close_matches(gpu.upper(), spelled, 1, 0.7)]
+        right = next((spelled[name] for name in close if name in spelled), None)
+        hint = f"did you mean {right}? " if right else ""
+        raise BadInput(f"Flyte knows no gpu {gpu!r}: {hint}write device and count, such as A10G:1, L4:1 or H100:8")
 
 
 def driver_environment(

@@ -71,7 +71,7 @@ def sampling_parameters(options: Mapping[str, Any]) -> SamplingParameters:
         structured = given.get("structured")
         if isinstance(structured, Mapping):
             _require_fields("field of structured", structured, StructuredOutput)
-            given["structured"] = StructuredOutput(**{**structured, "choice": tuple(structured.get("choice", ()))})
+            given["structured"] = StructuredOutput(**{**structured, "choice": tuple(structured.get("choice") or ())})
         return SamplingParameters(**given)
     except (ValueError, TypeError) as error:
         raise BadInput(f"the sampling parameters cannot work: {error}") from error

@@ -56,3 +56,28 @@ def test_the_workflows_tasks_sit_where_they_belong() -> None:
     assert generate.infer_chunk_on_gpu.parent_env_name == "generate-gpu"
     assert generate.main.parent_env_name == "generate"
     assert generate.driver.depends_on == [generate.cpu_replicas, generate.gpu_replicas]
+
+
+def test_pools_of_another_gpu_or_concurrency_are_told_apart() -> None:
+    def pool(gpu: str, concurrency: int) -> dict[str, str] | None:
+        return fb.replica_environment(
+            "a", image="auto", gpu=gpu, concurrency=concurrency, env_vars={"MINE": "1"}
+        ).env_vars
+
+    first, same, gpu, concurrency = pool("A10G:1", 10), pool("A10G:1", 10), pool("L4:1", 10), pool("A10G:1", 4)
+    assert first is not None
+    assert first["MINE"] == "1"
+    assert first == same
+    assert first != gpu
+    assert first != concurrency
+
+
+@pytest.mark.parametrize(
+    ("gpu", "right"), [("L40S:1", "L40s:1"), ("a10g:1", "A10G:1"), ("A10G", "A10G:1"), ("T100:1", "")]
+)
+def test_a_gpu_that_flyte_does_not_know_is_refused_with_the_one_that_was_meant(gpu: str, right: str) -> None:
+    with pytest.raises(
+        fb.BadInput, match=f"knows no gpu '{gpu}'.*did you mean {right}" if right else "knows no gpu"
+    ) as e:
+        fb.replica_environment("a", image="auto", gpu=gpu)
+    assert len(str(e.value)) < 150

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import flyte_batch as fb
 from flyte_batch.engines import EngineChoice, check_engine_options, choose_engine, start_engine
@@ -66,6 +66,16 @@ class Job:
     image_column: str | None = None
     system: str | None = None
 
+    def to_json(self) -> str:
+        """What travels to the tasks: one text; nested dataclasses take Flyte 28 ms a call."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        job = json.loads(text)
+        choice, sampling = EngineChoice(**job.pop("choice")), sampling_parameters(job.pop("sampling"))
+        return cls(choice, sampling, **job)
+
     @property
     def prompt(self) -> fb.PromptTemplate | fb.ChatColumn:
         if self.messages_column is not None:
@@ -98,19 +108,20 @@ async def solver(
     )
 
 
-async def infer(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+async def infer(chunk: fb.Chunk, job_json: str) -> fb.ChunkReport:
     """Infer one chunk and commit its part."""
+    job = Job.from_json(job_json)
     return await fb.infer(chunk, lambda: solver(job.choice, job.sampling, job.engine_options), prompt=job.prompt)
 
 
 @cpu_replicas.task(retries=2)
-async def infer_chunk(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+async def infer_chunk(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a CPU replica."""
     return await infer(chunk, job)
 
 
 @gpu_replicas.task(retries=2)
-async def infer_chunk_on_gpu(chunk: fb.Chunk, job: Job) -> fb.ChunkReport:
+async def infer_chunk_on_gpu(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a GPU replica."""
     return await infer(chunk, job)
 
@@ -192,8 +203,10 @@ async def main(
     replicas, task = (gpu_replicas, infer_chunk_on_gpu) if choice.engine == "vllm" else (cpu_replicas, infer_chunk)
     most_replicas, concurrency = fb.slots(replicas)
 
+    job_json = job.to_json()
+
     async def run_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
-        return await task(chunk, job)
+        return await task(chunk, job_json)
 
     return await fb.run(
         source,

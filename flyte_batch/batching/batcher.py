@@ -149,6 +149,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                     await self._nap(deadline)
                     continue
             await self._run()
+            # A process_fn that never awaits would otherwise hold the loop for as long as records wait.
+            await asyncio.sleep(0)
 
     def _arrived(self, was_empty: bool) -> None:
         if self._nudge is not None and not self._nudge.done() and (was_empty or self._is_due()):

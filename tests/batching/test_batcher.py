@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import gc
+import itertools
 import logging
 import threading
 import time
@@ -705,3 +706,24 @@ async def test_process_fn_that_submits_to_its_own_batcher_gets_an_error_instead_
     async with DynamicBatcher[int, Any](recursive, batch_timeout_s=0) as batcher:
         with pytest.raises(BatcherError, match="would wait for itself"):
             await soon(batcher.map([1]))
+
+
+async def test_a_process_fn_that_never_awaits_leaves_the_loop_to_others_between_its_batches():
+    turns: list[str] = []
+
+    async def greedy(records: list[int]) -> list[int]:
+        turns.append("batch")
+        return records
+
+    async def other() -> None:
+        while True:
+            turns.append("other")
+            await asyncio.sleep(0)
+
+    async with DynamicBatcher[int, int](greedy, max_batch_size=1, batch_timeout_s=0) as batcher:
+        futures = await batcher.submit_batch(range(20))
+        task = asyncio.create_task(other())
+        await soon(asyncio.gather(*futures))
+        task.cancel()
+    batches = [i for i, turn in enumerate(turns) if turn == "batch"]
+    assert all("other" in turns[a:b] for a, b in itertools.pairwise(batches[1:]))
