@@ -76,6 +76,8 @@ def choose_engine(engine: str = "auto", model: str = DEMO, here: bool = True) ->
         _require_installed(name)
     if name == "fake":
         return EngineChoice(name, model, _digest("fake", model))
+    if model.startswith("file:"):
+        raise BadInput(f"the model {model} is a folder of this machine: name it by its path")
     if "://" in model:
         if name != "vllm":
             raise BadInput(

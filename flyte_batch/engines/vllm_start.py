@@ -138,6 +138,8 @@ async def stream_arguments(uri: str, options: VLLMOptions, folder: Path) -> Mapp
         BadInput: flyteplugins-vllm is missing, or there is no model at ``uri``.
         EngineError: the object store cannot be read.
     """
+    if uri.startswith("file:"):
+        raise BadInput(f"{uri} is no object store: name the folder itself")
     try:
         from flyteplugins.vllm.model_streamer import LOAD_FORMAT, engine_args
     except ImportError as error:

@@ -56,6 +56,7 @@ class TestChoosing:
             ("auto", "/nowhere/at/all", "there is no folder /nowhere/at/all: check the path"),
             ("auto", "./nowhere", "a relative one counts from"),
             ("auto", "models/of/mine", "there is no folder models/of/mine"),
+            ("ctranslate2", "file:///models/a", "name it by its path"),
             ("ctranslate2", "s3://bucket/model", "download it to a folder first.*or take the engine vllm"),
             ("auto", "two words", "Hugging Face id"),
         ],

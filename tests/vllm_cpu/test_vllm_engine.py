@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from array import array
@@ -12,7 +13,7 @@ import pytest
 
 from flyte_batch.demo.problems import generate, is_right
 from flyte_batch.engines import ContinuousEngine, VLLMEngine, contract
-from flyte_batch.engines.tokenising import TokenisedPrompt
+from flyte_batch.engines.tokenising import PromptTokeniser, TokenisedPrompt
 from flyte_batch.engines.vllm import VLLMRecord
 from flyte_batch.errors import BadRecord, BadResponse, EngineDead
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters, StructuredOutput
@@ -295,6 +296,40 @@ class TestStructuredOutput:
         unbound._started = replace(unbound._started, sampling=engine._started.sampling)
         with pytest.raises(BadResponse, match="none of 'yes', 'no'"):
             await unbound.generate(unbound.prepare(Prompt(QUESTIONS[0])))
+
+
+class TestPictures:
+    """What is made of them. No vision model runs here: each needs torchvision, whose builds want a torch for GPUs."""
+
+    @staticmethod
+    def seeing(variant: Variant) -> VLLMEngine:
+        engine = variant(SamplingParameters(max_tokens=8))
+        tokeniser = PromptTokeniser(engine._started.tokeniser.tokenizer, None, engine.context, 8)
+        engine._started = replace(engine._started, image_tokens=100, tokeniser=tokeniser)
+        return engine
+
+    async def test_go_to_vllm_decoded_and_in_order_beside_the_text(self, variant: Variant) -> None:
+        engine = self.seeing(variant)
+        record = engine.prepare(Prompt("What are these?", images=(picture("red"), picture("blue"))))
+        prompt = engine._prompt(record)
+        assert prompt["prompt"] == "What are these?"
+        images = prompt["multi_modal_data"]["image"]
+        assert [image.getpixel((0, 0)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+        plain = engine.prepare(Prompt("What are these?"))
+        assert engine.estimate_cost(record) == engine.estimate_cost(plain) + 200
+        assert list(engine.prompt_ids(record)) == list(engine.prompt_ids(plain))
+
+    async def test_a_broken_one_fails_alone(self, variant: Variant) -> None:
+        with pytest.raises(BadRecord, match="image 2 cannot be decoded"):
+            self.seeing(variant).prepare(Prompt("What are these?", images=(picture("red"), b"\x89PNG broken")))
+
+
+def picture(color: str) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(file, "PNG")
+    return file.getvalue()
 
 
 async def test_the_loop_stays_free_while_many_records_are_handed_over(engine: VLLMEngine) -> None:

@@ -137,6 +137,7 @@ class TestRefusedBeforeAProcessStarts:
         ("model", "why"),
         [
             ("nothing here", "there is no model 'nothing here'"),
+            (f"file://{MODEL}", "name the folder itself"),
             (MODEL.parent / "ctranslate2", "converted for CTranslate2"),
             (MODEL.parent, "looked for config.json"),
         ],
@@ -241,12 +242,6 @@ class TestWays:
             (problem,) = generate(1, 3)
             (result,) = await engine.infer([engine.prepare(Prompt(problem.question))])
             assert is_right(getattr(result, "text", None), problem.answer)
-
-    async def test_weights_are_streamed_from_an_object_store(self, start: Start) -> None:
-        engine = await start(f"file://{MODEL}")
-        (problem,) = generate(1, 3)
-        (result,) = await engine.infer([engine.prepare(Prompt(problem.question))])
-        assert is_right(getattr(result, "text", None), problem.answer)
 
     async def test_an_adapter_is_applied_to_every_record(
         self, engine: VLLMEngine, start: Start, tmp_path: Path
