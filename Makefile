@@ -25,7 +25,7 @@ run: $(VENV)/installed-run
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-# On two CPU cores about five minutes to install, once, and ten to run. The last five need no vLLM, but packages that
+# On two CPU cores about two minutes to install, once, and twelve to run. The last five need no vLLM, but packages that
 # come with it.
 test-vllm: $(VLLM_VENV)/installed-vllm
 	HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_cpu tests/engines/test_engine_choice.py \

@@ -218,6 +218,8 @@ class VLLMEngine:
         """
         if self._closed:
             raise self._dead()
+        if asyncio.get_running_loop() is not self._loop:
+            raise EngineDead(f"the vLLM engine of {self._launch.model} belongs to another event loop: start a new one")
         number = f"fb-{next(self._numbers)}"
         try:
             stream = self._engine.generate(

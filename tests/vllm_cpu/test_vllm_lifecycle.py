@@ -96,6 +96,8 @@ class TestDeath:
         engine = await asyncio.to_thread(elsewhere)
         processes = engine._launch.processes
         assert processes is not None
+        with pytest.raises(EngineDead, match="belongs to another event loop"):
+            await engine.generate(engine.prepare(Prompt("Ben has 3 cups.")))
         await engine.aclose()
         assert processes.alive == []
 
@@ -242,6 +244,30 @@ class TestWays:
             (problem,) = generate(1, 3)
             (result,) = await engine.infer([engine.prepare(Prompt(problem.question))])
             assert is_right(getattr(result, "text", None), problem.answer)
+
+    def test_a_hugging_face_id_with_a_revision_is_found_in_the_cache(self, tmp_path: Path) -> None:
+        model = tmp_path / "hub" / "models--owner--demo"
+        shutil.copytree(MODEL, model / "snapshots" / "abc")
+        (model / "refs").mkdir()
+        (model / "refs" / "v1").write_text("abc")
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import asyncio\n"
+            "import flyte_batch as fb\n"
+            "async def main():\n"
+            f"    engine = await fb.VLLMEngine.start('owner/demo@v1', max_model_len=64, engine_args={FAST!r})\n"
+            "    async with engine:\n"
+            "        print('answer', (await engine.infer([engine.prepare(fb.Prompt('12 + 7 ='))]))[0].text)\n"
+            "if __name__ == '__main__':\n"
+            "    asyncio.run(main())\n"
+        )
+        environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "\nanswer " in done.stdout
 
     async def test_an_adapter_is_applied_to_every_record(
         self, engine: VLLMEngine, start: Start, tmp_path: Path
