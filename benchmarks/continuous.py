@@ -9,11 +9,13 @@ object that offers both ways): its ``AsyncLLM``, which `VLLMEngine` wraps, and i
 - token:       ours in front of the same engine (`EngineBatcher`)
 - continuous:  `ContinuousBatcher`, told nothing of the lengths
 - told:        `ContinuousBatcher`, each record with its true cost
+- all at once: all requests into ``AsyncLLM``, with nothing in front of it
 - one call:    ``LLM.generate`` with all requests
 
 The batchers may have the same number of records in the engine: twice its slots. The response lengths are fixed
 (``ignore_eos``, each request's own ``max_tokens``): uniform, or with a heavy tail. A step of the engine gives each
-running record one token, so the mean number of running records is tokens / steps.
+running record one token: the mean number of running records is tokens / steps. On a GPU a step takes about as long
+whether 10 or 60 records run in it, so steps are what time comes to; on a CPU it takes longer the more run in it.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ WAYS: dict[str, Callable[[fb.VLLMEngine, list[Any], int], Awaitable[list[Any]]]]
     "token": by_token,
     "continuous": by_continuous,
     "told": by_told,
-    "all": by_all,
+    "all at once": by_all,
 }
 
 
@@ -194,7 +196,7 @@ async def compare(
     limits = lengths(kind, options.requests)
     records = requests(engine, limits)
     seconds: dict[str, list[float]] = {name: [] for name in (*WAYS, "one call")}
-    running: dict[str, float] = {}
+    steps: dict[str, float] = {}
     for round_number in range(options.rounds + 1):  # the first one warms up, and is not counted
         for name in seconds:
             before, started = steps_so_far(), time.perf_counter()
@@ -207,18 +209,18 @@ async def compare(
             assert tokens == limits, f"{name} gave responses of other lengths than asked for"
             if round_number:
                 seconds[name].append(took)
-            running[name] = sum(tokens) / (steps_so_far() - before) if name != "one call" else 0
+            steps[name] = steps_so_far() - before
     print(
         f"\n{kind}: {options.requests} requests, {sum(limits):,} tokens, longest {max(limits)}, slots {options.slots}"
     )
-    print(f"| way | seconds, median of {options.rounds} | all rounds | of one call | running on average |")
-    print("|---|---|---|---|---|")
+    print(f"| way | seconds, median of {options.rounds} | of one call | all rounds | steps | running in a step |")
+    print("|---|---|---|---|---|---|")
     whole = statistics.median(seconds["one call"])
     for name, times in seconds.items():
         median = statistics.median(times)
         each = ", ".join(f"{took:.2f}" for took in times)
-        side_by_side = f"{running[name]:.1f}" if running[name] else "not counted"
-        print(f"| {name} | {median:.2f} | {each} | {median / whole:.2f} | {side_by_side} |")
+        counted = f"{steps[name]:,.0f} | {sum(limits) / steps[name]:.1f}" if steps[name] else "not counted |"
+        print(f"| {name} | {median:.2f} | {median / whole:.2f} | {each} | {counted} |")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ from typing import Any
 from flyte_batch.errors import BadInput
 from flyte_batch.records import SamplingParameters, StructuredOutput
 
-_TUPLES = ("stop", "stop_token_ids", "bad_words")
+_LISTS: dict[str, type] = {"stop": str, "stop_token_ids": int, "bad_words": str, "choice": str}
+_OPTIONAL = ("seed", "structured", "json_schema", "regex", "grammar")
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("max_tokens", "top_k", "min_tokens", "seed"), (int,)),
+    **dict.fromkeys(("json_schema", "regex", "grammar"), (str,)),
+    "ignore_eos": (bool,),
+}
+"""Types by name; a number where there is none."""
 
 
 def parse_object(option: str, text: str) -> dict[str, Any]:
@@ -26,7 +33,7 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
         BadInput: it is no JSON, or another value than an object.
     """
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text or "{}", parse_constant=_refuse_constant)
     except ValueError as error:
         raise BadInput(
             f"--{option} is no JSON ({error}): write an object, and quote it from the shell: '{{\"name\": 1}}'"
@@ -36,14 +43,27 @@ def parse_object(option: str, text: str) -> dict[str, Any]:
     return value
 
 
-def parse_schema(option: str, text: str) -> str:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_schema(option: str, text: str, *, files: bool = True) -> str:
     """The text of a JSON schema: ``text`` itself, or the content of the file that it names.
+
+    Args:
+        option: its name, for the message.
+        text: a JSON object, or a path.
+        files: whether the user's files are here; not so in a container of a cluster.
 
     Raises:
         BadInput: there is no such file, or it holds no JSON object.
     """
     if text.lstrip().startswith("{"):
         return json.dumps(parse_object(option, text))
+    if not files:
+        raise BadInput(
+            f'--{option} {text} is a file here, not in the cluster: give its text, --{option} "$(cat {text})"'
+        )
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -62,19 +82,40 @@ def sampling_parameters(options: Mapping[str, Any]) -> SamplingParameters:
     """
     given = dict(options)
     _require_fields("sampling parameter", given, SamplingParameters)
-    for name in _TUPLES:
-        if isinstance(given.get(name), list):
-            given[name] = tuple(given[name])
-        elif given.get(name) is not None and not isinstance(given[name], tuple):
-            raise BadInput(f"the sampling parameter {name} must be a list, got {given[name]!r}")
+    for name, value in given.items():
+        given[name] = _checked("sampling parameter", name, value)
     try:
-        structured = given.get("structured")
-        if isinstance(structured, Mapping):
-            _require_fields("field of structured", structured, StructuredOutput)
-            given["structured"] = StructuredOutput(**{**structured, "choice": tuple(structured.get("choice") or ())})
         return SamplingParameters(**given)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise BadInput(f"the sampling parameters cannot work: {error}") from error
+
+
+def _checked(what: str, name: str, value: Any) -> Any:
+    """A value of the type that the parameter has, lists as tuples.
+
+    Raises:
+        BadInput: it is of another type.
+    """
+    if value is None and name in _OPTIONAL:
+        return None
+    if name == "structured":
+        if isinstance(value, Mapping):
+            _require_fields("field of structured", value, StructuredOutput)
+            form = {field: _checked("field of structured", field, each) for field, each in value.items()}
+            try:
+                return StructuredOutput(**form)
+            except ValueError as error:
+                raise BadInput(f"structured cannot work: {error}") from error
+        raise BadInput(f'structured must be an object such as {{"regex": "..."}}, got {value!r}')
+    if name in _LISTS:
+        kind = _LISTS[name]
+        if isinstance(value, list | tuple) and all(type(item) is kind for item in value):
+            return tuple(value)
+        raise BadInput(f"the {what} {name} must be a list of {kind.__name__}, got {value!r}")
+    kinds = _KINDS.get(name, (int, float))
+    if type(value) not in kinds:
+        raise BadInput(f"the {what} {name} must be of type {kinds[-1].__name__}, got {value!r}")
+    return value
 
 
 def _require_fields(what: str, given: Mapping[str, Any], kind: type) -> None:

@@ -66,7 +66,8 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         batcher: anything with ``map(records, return_exceptions=True)``; the pipeline neither starts nor stops it.
         finish: (item, result) -> what `run` yields, on a thread. An exception fails that item only.
         window: most items that are between the input and the consumer at any moment.
-        block: items per thread hop and per ``map`` call; a block is yielded when its last item is done.
+        block: items per thread hop and per ``map`` call; a block is yielded when its last item is done. By default what
+            the batcher prefers (a `ContinuousBatcher` puts the records of a call into order), else 64.
         threads: threads for each of prepare and finish; by default the number of usable CPUs.
 
     Raises:
@@ -80,10 +81,12 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         finish: Callable[[ItemT, ResultT], OutT],
         *,
         window: int = 4096,
-        block: int = 64,
+        block: int | None = None,
         threads: int | None = None,
     ) -> None:
         threads = threads if threads is not None else available_cores()
+        if block is None:
+            block = min(window, getattr(batcher, "preferred_block", 64))
         for name, value in (("window", window), ("block", block), ("threads", threads)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -122,15 +125,18 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
         most = max(1, self._window // self._block)
         upcoming: asyncio.Future[list[ItemT] | None] | None = None
         exhausted = False
+        gone: Exception | None = None
         async with aclosing(_blocks(items, self._block)) as source:
             try:
                 while True:
-                    if upcoming is None and not exhausted and len(under_way) < most:
+                    if upcoming is None and not exhausted and gone is None and len(under_way) < most:
                         upcoming = asyncio.ensure_future(anext(source, None))
                     waiting: set[asyncio.Future[Any]] = set(islice(under_way, 1 if ordered else None))
-                    if upcoming is not None:
+                    if upcoming is not None and gone is None:
                         waiting.add(upcoming)
                     if not waiting:
+                        if gone is not None:
+                            raise gone
                         return
                     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                     if upcoming is not None and upcoming.done():
@@ -140,8 +146,13 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
                         else:
                             under_way.append(asyncio.create_task(self._infer_block(block, executor)))
                     for task in _finished(under_way, ordered):
-                        for output in _unwrap(task.result(), keep):
-                            yield output
+                        for output in _outputs(task):
+                            if isinstance(output, Failure) and isinstance(output.error, GONE) and not ordered:
+                                gone = output.error  # raised when all that was answered before is yielded
+                            elif isinstance(output, Failure) and (not keep or isinstance(output.error, GONE)):
+                                raise output.error
+                            else:
+                                yield output
             finally:
                 # Not waiting for the threads: a `prepare` that is under way must not hold up the event loop.
                 executor.shutdown(wait=False, cancel_futures=True)
@@ -177,8 +188,6 @@ def _finish_all(
 ) -> list[OutT | Failure[ItemT]]:
     outputs = prepared  # failures of prepare stay where they are, every other place is overwritten below
     for i, result in zip(sent, results, strict=True):
-        if isinstance(result, GONE):
-            raise result
         if isinstance(result, Exception):
             outputs[i] = Failure(items[i], result, "infer")
             continue
@@ -189,11 +198,12 @@ def _finish_all(
     return outputs
 
 
-def _unwrap(outputs: list[OutT | Failure[ItemT]], keep: bool) -> Iterable[OutT | Failure[ItemT]]:
-    for output in outputs:
-        if isinstance(output, Failure) and not keep:
-            raise output.error
-        yield output
+def _outputs(task: asyncio.Task[list[OutT | Failure[ItemT]]]) -> Sequence[OutT | Failure[ItemT]]:
+    try:
+        return task.result()
+    except GONE as error:  # before the block was taken
+        lost: Failure[Any] = Failure(None, error, "infer")
+        return [lost]
 
 
 def _finished(under_way: deque[asyncio.Task[list[Any]]], ordered: bool) -> Iterator[asyncio.Task[list[Any]]]:

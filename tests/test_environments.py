@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from types import ModuleType
+
 import flyte
 import pytest
 
 import flyte_batch as fb
 from images import cpu_image
-from workflows import generate
+from workflows import generate, gsm8k
 
 
 def test_a_replica_environment_reuses_containers_with_the_given_device() -> None:
@@ -81,3 +83,10 @@ def test_a_gpu_that_flyte_does_not_know_is_refused_with_the_one_that_was_meant(g
     ) as e:
         fb.replica_environment("a", image="auto", gpu=gpu)
     assert len(str(e.value)) < 150
+
+
+@pytest.mark.parametrize("workflow", [generate, gsm8k])
+def test_a_driver_asks_for_the_gpu_that_the_submitting_shell_named(workflow: ModuleType) -> None:
+    """Its container imports the file again, without that shell's variables."""
+    assert (workflow.driver.env_vars or {})["FLYTE_BATCH_GPU"] == workflow.GPU
+    assert workflow.gpu_replicas.resources.gpu == workflow.GPU

@@ -22,7 +22,12 @@ def test_an_object_is_parsed_and_an_empty_text_is_an_empty_one() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{a: 1}", "--x is no JSON"), ("[1]", "must be a JSON object"), ("7", "got a int")],
+    [
+        ("{a: 1}", "--x is no JSON"),
+        ("[1]", "must be a JSON object"),
+        ("7", "got a int"),
+        ('{"a": NaN}', "NaN is no JSON"),
+    ],
 )
 def test_what_is_no_object_is_refused_by_the_options_name(text: str, message: str) -> None:
     with pytest.raises(fb.BadInput, match=message):
@@ -36,6 +41,8 @@ def test_a_schema_is_given_as_its_text_or_as_a_file(tmp_path: Path) -> None:
     assert json.loads(parse_schema("json_schema", json.dumps(SCHEMA))) == SCHEMA
     with pytest.raises(fb.BadInput, match="no file that can be read"):
         parse_schema("json_schema", str(tmp_path / "missing.json"))
+    with pytest.raises(fb.BadInput, match="is a file here, not in the cluster"):
+        parse_schema("json_schema", str(file), files=False)
     file.write_text("[1]")
     with pytest.raises(fb.BadInput, match="must be a JSON object"):
         parse_schema("json_schema", str(file))
@@ -53,9 +60,13 @@ def test_plain_values_become_sampling_parameters() -> None:
     ("options", "message"),
     [
         ({"top-p": 1}, "no sampling parameter 'top-p': did you mean top_p"),
-        ({"stop": "END"}, "stop must be a list"),
+        ({"stop": "END"}, "stop must be a list of str, got 'END'"),
         ({"top_p": 2}, "top_p must be above 0"),
-        ({"top_p": "much"}, "the sampling parameters cannot work"),
+        ({"top_p": "much"}, "the sampling parameter top_p must be of type float, got 'much'"),
+        ({"max_tokens": True}, "max_tokens must be of type int, got True"),
+        ({"stop": [1]}, "stop must be a list of str"),
+        ({"structured": {"choice": "yes"}}, "field of structured choice must be a list of str, got 'yes'"),
+        ({"structured": "json"}, "structured must be an object"),
         ({"structured": {"schema": "{}"}}, "no field of structured 'schema': did you mean json_schema"),
         ({"structured": {"regex": "a", "choice": ["a"]}}, "exactly one of"),
     ],

@@ -262,3 +262,36 @@ async def test_an_error_of_the_batcher_itself_ends_the_run() -> None:
 def test_sizes_that_cannot_work_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must"):
         fb.Pipeline(same, Gate(), pair, **options)
+
+
+async def test_of_a_batcher_that_dies_all_that_was_answered_is_yielded_before_the_error() -> None:
+    class Dying:
+        async def map(self, records: Sequence[int], *, return_exceptions: bool = False) -> list[Any]:
+            return [record if record % 4 else fb.BatcherDied("gone") for record in records]
+
+    pipeline = fb.Pipeline(lambda item: item, Dying(), lambda _, result: result, block=8, window=32)
+    seen: list[Any] = []
+
+    async def consume() -> None:
+        async for output in pipeline.run(range(32), ordered=False, errors="yield"):
+            seen.append(output)
+
+    with pytest.raises(fb.BatcherDied):
+        await consume()
+    assert set(seen) <= {i for i in range(32) if i % 4}
+    assert len(seen) >= 6  # the whole of the first block
+
+
+async def test_a_pipeline_hands_over_as_many_records_as_its_batcher_prefers() -> None:
+    sizes: list[int] = []
+
+    class Preferring:
+        preferred_block = 100
+
+        async def map(self, records: Sequence[int], *, return_exceptions: bool = False) -> list[int]:
+            sizes.append(len(records))
+            return list(records)
+
+    pipeline = fb.Pipeline(lambda item: item, Preferring(), lambda _, result: result)
+    assert [output async for output in pipeline.run(range(250))] == list(range(250))
+    assert sizes == [100, 100, 50]

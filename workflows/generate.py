@@ -37,7 +37,7 @@ driver = fb.driver_environment(
     "generate",
     image=cpu_image,
     depends_on=[cpu_replicas, gpu_replicas],
-    # A container imports this file again, and the driver asks it how far it may fan out.
+    # The driver imports this file again, and asks for the replicas.
     env_vars={"FLYTE_BATCH_GPU": GPU, "FLYTE_BATCH_REPLICAS": str(REPLICAS)},
 )
 
@@ -167,7 +167,7 @@ async def main(
         max_tokens: most tokens of a response.
         temperature: 0 is deterministic.
         seed: of sampling; with it, and an engine that can, each row is sampled alike in every run.
-        json_schema: a JSON schema that every response must have: its text, or a file that holds it.
+        json_schema: a JSON schema that every response must have: its text, or, with --local, a file that holds it.
         sampling_options: further sampling parameters, a JSON object: {"top_p": 0.9, "stop": ["END"]}.
         columns: the source's columns to keep in the output, separated by commas; all when left out.
         chunk_size: rows per chunk; planned when left out.
@@ -183,7 +183,8 @@ async def main(
     fb.require_shared(source=source, output=output)
     sampling_given = parse_object("sampling_options", sampling_options)
     if json_schema is not None:
-        sampling_given["structured"] = {"json_schema": parse_schema("json_schema", json_schema)}
+        schema = parse_schema("json_schema", json_schema, files=fb.runs_here())
+        sampling_given["structured"] = {"json_schema": schema}
     sampling = sampling_parameters(
         {"max_tokens": max_tokens, "temperature": temperature, "seed": seed} | sampling_given
     )

@@ -26,17 +26,24 @@ from flyte_batch.demo.problems import is_right
 from flyte_batch.engines import EngineChoice, choose_engine, start_engine
 from images import cpu_image, vllm_image
 
+GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
+
 cpu_replicas = fb.replica_environment("gsm8k-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=2, concurrency=10)
 gpu_replicas = fb.replica_environment(
     "gsm8k-gpu",
     image=vllm_image,
-    gpu=os.environ.get("FLYTE_BATCH_GPU", "A10G:1"),
+    gpu=GPU,
     cpu=4,
     memory="24Gi",
     replicas=(2, 4),
     concurrency=10,
 )
-driver = fb.driver_environment("gsm8k", image=cpu_image, depends_on=[cpu_replicas, gpu_replicas])
+driver = fb.driver_environment(
+    "gsm8k",
+    image=cpu_image,
+    depends_on=[cpu_replicas, gpu_replicas],
+    env_vars={"FLYTE_BATCH_GPU": GPU},  # the driver imports this file again, and asks for the replicas
+)
 
 SYSTEM = "Solve the problem step by step. End with a line that holds #### and the number."
 """GSM8K's own form of an answer. The demo model needs no telling: it knows no other."""

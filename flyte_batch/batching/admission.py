@@ -6,7 +6,6 @@ Pure and synchronous: no event loop, no engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 _MEMORY = 0.998
@@ -82,18 +81,23 @@ def admission_order(prompts: Sequence[Any], costs: Sequence[float], *, shared: i
     by_cost = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)
     if not shared or len(prompts) < 3:
         return by_cost
-    by_prefix = sorted(range(len(prompts)), key=lambda position: prompts[position])
-    # Sorted, the first and the last have in common what all have.
-    needed = _common(prompts[by_prefix[0]], prompts[by_prefix[-1]]) + shared
-    group_of = [0] * len(prompts)
-    for before, after in pairwise(by_prefix):
-        a, b = prompts[before], prompts[after]
-        together = len(a) >= needed and len(b) >= needed and a[:needed] == b[:needed]
-        group_of[after] = group_of[before] + (not together)
-    groups: dict[int, list[int]] = {}
+    common = _shared_by_all(prompts)
+    needed = common + shared
+    groups: dict[Any, list[int]] = {}
     for position in by_cost:
-        groups.setdefault(group_of[position], []).append(position)
+        prompt = prompts[position]
+        key = tuple(prompt[common:needed]) if len(prompt) >= needed else position
+        groups.setdefault(key, []).append(position)
     return [position for group in groups.values() for position in group]
+
+
+def _shared_by_all(prompts: Sequence[Any]) -> int:
+    """Tokens at the beginning that all prompts have in common."""
+    start = prompts[0]
+    for prompt in prompts:
+        if prompt[: len(start)] != start:
+            start = start[: _common(start, prompt)]
+    return len(start)
 
 
 def _common(a: Any, b: Any) -> int:

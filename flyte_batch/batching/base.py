@@ -114,6 +114,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._open_calls = 0
         self._call_under_way: object = None
 
+    preferred_block = 64
+    """Records that it suits to get in one call of `map`; see `Pipeline`."""
+
     # -- What a subclass adds ---------------------------------------------
 
     @abc.abstractmethod
@@ -284,8 +287,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
                     f"{type(self).__name__} is not running: it {self._state.value}. Call start() or use 'async with'."
                 )
             raise self._foreign_loop()
-        if asyncio.current_task(loop) is self._task:
-            raise BatcherError("process_fn submits to the batcher that runs it, and would wait for itself")
+        inside = self._call_under_way is not None and call_under_way.get() is self._call_under_way
+        if inside or asyncio.current_task(loop) is self._task:
+            raise BatcherError("what the batcher runs submits to that same batcher, and would wait for itself")
         return loop
 
     # -- Taking records ----------------------------------------------------
@@ -372,14 +376,12 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         """Queue records as room comes, or none of them; their futures fail if none came before the deadline."""
         self._open_calls += 1
         try:
-            async with asyncio.timeout_at(deadline) as limit:
-                for start in range(0, len(records), self._stride):
-                    part = slice(start, start + self._stride)
-                    await self._admit(lane, records[part], costs[part], futures[part])
-        except BaseException as error:
-            if isinstance(error, TimeoutError) and limit.expired():
-                self._expire(futures)
-                return
+            for start in range(0, len(records), self._stride):
+                part = slice(start, start + self._stride)
+                if not await self._admit(lane, records[part], costs[part], futures[part], deadline):
+                    self._expire(futures)
+                    return
+        except BaseException:
             # Nobody will ever hold these futures. The room may have come in the same tick as a cancellation.
             for future in futures:
                 future.cancel()
@@ -397,7 +399,8 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     ) -> list[ResultT]:
         """The results of all records, in order. Waits once for all of them: no future or task per record.
 
-        Records are drawn from ``records`` a few batches ahead of the device, so it may be a generator. Cancelling it
+        Records are drawn from ``records`` a few batches ahead of the device (in a `ContinuousBatcher`, up to 4,096), so
+        it may be a generator. Cancelling it
         abandons what has not reached the device.
 
         Args:
@@ -462,13 +465,19 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
             for at in range(0, len(some), self._stride):
                 part = slice(at, at + self._stride)
                 try:
-                    await self._admit(lane, some[part], costs[part], places[part])
+                    queued = await self._admit(lane, some[part], costs[part], places[part], self._deadline(timeout_s))
                 except BatcherDied:
                     if not return_exceptions:
                         raise
                     for place in places[part]:
                         lane.results[place] = self._death()
-                if timeout_s is not None:
+                    await asyncio.sleep(0)  # the source may be endless
+                    continue
+                if not queued:
+                    self._meter.expired += len(places[part])
+                    for place in places[part]:
+                        lane.results[place] = lane.error = _too_late()
+                elif timeout_s is not None:
                     self._expire_places_at(self._now() + timeout_s, lane, places[part], costs[part])
                 while len(lane) > lane.refill_at and (return_exceptions or lane.error is None):
                     await lane.progress()
@@ -577,8 +586,12 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         records: list[RecordT],
         costs: list[float],
         tickets: list[Any],
-    ) -> None:
+        deadline: float | None,
+    ) -> bool:
         """Queue records, at most `_stride`, together, first come first served.
+
+        Returns:
+            Whether they are queued; False if there was no room before the deadline, on the loop's clock.
 
         Raises:
             BatcherDied: meanwhile, or before.
@@ -586,19 +599,25 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         if self._state is State.DIED:
             raise self._death()
         if not records:
-            return
+            return True
         if self._has_room(len(records)):
             self._push(lane, records, costs, tickets)
-            return
+            return True
         arrival = _Arrival(lane, records, costs, tickets, asyncio.get_running_loop().create_future())
         self._arrivals.append(arrival)
         self._wake()
         try:
-            await arrival.admitted
+            async with asyncio.timeout_at(deadline):
+                await arrival.admitted
+        except TimeoutError:
+            self._room_was_made()
+            # The room may have come in the same tick.
+            return not arrival.admitted.cancelled()
         except asyncio.CancelledError:
             # It may have been the one that the others waited behind.
             self._room_was_made()
             raise
+        return True
 
     def _push(
         self,
@@ -623,12 +642,13 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     def _room_was_made(self) -> None:
         while self._arrivals:
             arrival = self._arrivals[0]
-            if not arrival.admitted.done():
-                if not self._fits(len(arrival.records)):
-                    break
-                self._push(arrival.lane, arrival.records, arrival.costs, arrival.tickets)
+            waits = not arrival.admitted.done()
+            if waits and not self._fits(len(arrival.records)):
+                break
+            self._arrivals.popleft()  # first: what is pushed may leave at once, and make room
+            if waits:
                 arrival.admitted.set_result(None)
-            self._arrivals.popleft()
+                self._push(arrival.lane, arrival.records, arrival.costs, arrival.tickets)
         if self._meter.phase == "assembling" and not len(self._backlog):
             self._meter.enter("starved")
 

@@ -19,7 +19,7 @@ from flyte_batch.batching.costs import CostModel
 from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.batching.lanes import MapLane, ResultFuture, SubmitLane
 from flyte_batch.batching.packing import Backlog, Batch
-from flyte_batch.batching.processing import LoopWatch, is_out_of_memory, name_of
+from flyte_batch.batching.processing import LoopWatch, is_async, is_out_of_memory, name_of
 from flyte_batch.engines.base import ContinuousEngine
 from flyte_batch.errors import EngineDead
 from flyte_batch.records import Completion
@@ -32,18 +32,24 @@ _IN_FLIGHT = 2
 """Times what the engine computes at once: the other half waits inside, so that no slot is empty for the time that a
 result takes to reach us and a new record takes to reach the engine."""
 _ARRANGE = 4096
-"""Records that are put into order at a time: a few milliseconds of the event loop."""
+"""Records that are put into order at a time: some ten milliseconds of the event loop."""
+_LETTING_GO_S = 1.0
+"""How long `stop` waits for the engine to let go of records that nobody wants any more."""
+_RECOVERY = 0.05
+"""Share of a finished record's cost by which a budget that was lowered rises again."""
 
 
 class _Flight(Generic[RecordT]):
     """One record on its way through the engine."""
 
-    __slots__ = ("batch", "cost", "generation", "landing", "owner", "task", "unwanted")
+    __slots__ = ("batch", "beside", "budget_before", "cost", "generation", "owner", "task", "unwanted")
 
     def __init__(self, owner: ContinuousBatcher[RecordT], batch: Batch[RecordT, Completion]) -> None:
         self.owner = owner
         self.batch = batch
         self.cost = 0.0
+        self.beside = 0.0  # what was in flight when it was launched, itself included
+        self.budget_before = 0.0  # what the budget was before this record lowered it
         self.generation = 0
         self.task: asyncio.Task[Completion] | None = None
         self.unwanted = False
@@ -88,8 +94,9 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         overflow: what a full queue does to a submit: ``"wait"``, or ``"reject"`` with `QueueFull`.
         blocked_loop_warning_s: seconds that the engine may hold the event loop at a time before a warning.
 
-    An engine that is out of memory (`EngineOutOfMemory`) gets half of what it had in flight, from then on, and the
-    record again. `EngineDead` ends the batcher: what is in flight and waits fails with `BatcherDied`.
+    An engine that is out of memory (`EngineOutOfMemory`) gets the record again, and half of what it had in flight; with
+    every record that is done, a little more, up to the target. `EngineDead` ends the batcher: what is in flight or
+    waits fails with `BatcherDied`.
 
     Raises:
         TypeError, BadInput: an option that cannot work; the message names it and the remedy.
@@ -113,6 +120,10 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
                 f"{type(engine).__name__} is no ContinuousEngine (generate, prompt_ids, slots, capacity_tokens): "
                 "feed it by an EngineBatcher"
             )
+        if not is_async(engine.generate):
+            raise TypeError(f"{type(engine).__name__}.generate must be an `async def`")
+        for name in ("slots", "capacity_tokens"):
+            whole_number(f"the engine's {name}", getattr(engine, name), at_least=1, remedy="mend the engine")
         if target_tokens_in_flight is None:
             target_tokens_in_flight = _IN_FLIGHT * engine.capacity_tokens
         if max_in_flight is None:
@@ -169,12 +180,22 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
 
     # -- The dispatcher ----------------------------------------------------
 
+    preferred_block = 1024
+    """Records of a call that are worth ordering: what a `Pipeline` hands over at a time."""
+
     async def _serve(self) -> None:
-        while not (self._is_drained() and not self._flights and not self._turned_away):
+        while not self._is_drained() or self._turned_away or any(not flight.unwanted for flight in self._flights):
             await self._nap(None)
+        left = [flight.task for flight in self._flights if flight.task is not None]
+        if left:
+            await asyncio.wait(left, timeout=_LETTING_GO_S)
 
     def _arrived(self, was_empty: bool) -> None:
         self._fill()
+
+    def _room_was_made(self) -> None:
+        super()._room_was_made()
+        self._fill()  # what stood before others and did not fit may be gone
 
     def _fill(self) -> None:
         """Admit what fits."""
@@ -200,6 +221,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
                 self._meter.abandoned += 1
                 self._turned_away.popleft()
                 continue
+            flight.cost = self._expected_cost(flight.record, flight.batch.costs[0])  # more may be known by now
             if self._flights and flight.cost > free:
                 return None
             return self._turned_away.popleft()
@@ -221,6 +243,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
             future.holder = flight
         self._flights[flight] = None
         self._cost += flight.cost
+        flight.beside = self._cost
         self._meter.on_device(len(self._flights))
         if self._meter.phase != "busy":
             self._meter.enter("busy")
@@ -248,7 +271,10 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
                 self._settle(flight.batch, [error])
             self._end(error)
             return
-        less_will_do = error is not None and is_out_of_memory(error) and self._make_do_with_less(flight)
+        if error is None and not self._turned_away:
+            self._budget = min(self._target, self._budget + _RECOVERY * flight.cost)
+        out_of_memory = error is not None and not flight.unwanted and is_out_of_memory(error)
+        less_will_do = out_of_memory and self._make_do_with_less(flight)
         if not flight.unwanted and not less_will_do:
             self._finish(flight, task.result() if error is None else error, fill)
         self._fill()
@@ -259,29 +285,32 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
 
     def _finish(self, flight: _Flight[RecordT], outcome: Completion | BaseException, fill: float) -> None:
         batch = flight.batch
-        if isinstance(outcome, Completion):
-            self._lengths.observe(len(self.engine.prompt_ids(flight.record)), outcome.response_tokens)
         self._meter.batch_finished(
             records=1, cost=flight.cost, record_cost=flight.cost, padded_cost=flight.cost, fill=fill
         )
         self._settle(batch, [outcome])
+        if isinstance(outcome, Completion) and isinstance(outcome.response_tokens, int):
+            self._lengths.observe(self._prompt_tokens(flight.record), outcome.response_tokens)
 
     def _make_do_with_less(self, flight: _Flight[RecordT]) -> bool:
         """The engine had no memory for this record: whether there is a chance with fewer others beside it."""
         self._meter.out_of_memory += 1
         if flight.generation == self._generation and self._flights:
             self._generation += 1
-            self._budget = (self._cost + flight.cost) / 2
+            flight.budget_before = flight.budget_before or self._budget
+            # Not half of what is left now: others may have ended since.
+            self._budget = min(self._budget, flight.beside) / 2
             logger.warning(
-                "%s ran out of memory with %d records of %.0f tokens in flight: at most %.0f from now on. "
+                "%s ran out of memory with %.0f tokens in flight: at most %.0f for now. "
                 "Set target_tokens_in_flight to that to avoid it.",
                 type(self.engine).__name__,
-                len(self._flights) + 1,
-                self._cost + flight.cost,
+                flight.beside,
                 self._budget,
             )
         elif not self._flights and flight.generation == self._generation:
-            return False  # it was alone: there is no less
+            # It was alone: there is no less, and what was in flight beside it before was not at fault.
+            self._budget = max(self._budget, flight.budget_before)
+            return False
         self._turned_away.append(flight)
         return True
 
@@ -296,17 +325,26 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
 
     def _abort(self, flight: _Flight[RecordT]) -> None:
         """Take a record off the device. Its room is free when the engine has let go of it."""
+        if flight in self._turned_away:
+            self._fill()  # it may stand before others
         if flight not in self._flights or flight.unwanted:
             return
         flight.unwanted = True
         self._meter.abandoned += 1
         if flight.task is not None:
             flight.task.cancel()
+        self._wake()
 
     def _recall(self, lane: MapLane[RecordT, Completion]) -> None:
         for flight in [flight for flight in self._flights if flight.lane is lane]:
             if not len(flight.batch.wanted()):
                 self._abort(flight)
+
+    def _release(self) -> None:
+        """Forget what an engine that does not let go still holds; nobody waits for it."""
+        self._flights.clear()
+        self._cost = 0
+        self._meter.on_device(0)
 
     def _take_back(self) -> list[Batch[RecordT, Completion]]:
         flights = [*self._flights, *self._turned_away]
@@ -314,18 +352,27 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._turned_away.clear()
         self._cost = 0
         for flight in flights:
-            if flight.task is not None:
+            if flight.task is not None and not flight.task.get_loop().is_closed():
                 flight.task.cancel()
         return [flight.batch for flight in flights if not flight.unwanted]
 
     # -- What a record costs, and when it starts ---------------------------
 
-    def _expected_cost(self, record: RecordT, most: float) -> float:
-        """Tokens that a record will come to; ``most`` is what was said of it when it was queued."""
-        prompt = len(self.engine.prompt_ids(record))
-        return min(most, prompt + self._lengths.expect(prompt, max(0.0, most - prompt)))
+    def _prompt_tokens(self, record: RecordT) -> int:
+        try:
+            return len(self.engine.prompt_ids(record))
+        except Exception:
+            return 0  # the engine will say what is wrong with the record, to its own caller
 
-    def _arranged(self, records: Sequence[RecordT], costs: Sequence[float]) -> Sequence[int]:
+    def _expected_cost(self, record: RecordT, most: float) -> float:
+        """Tokens that a record will come to, at least 1; ``most`` is what was said of it when it was queued."""
+        prompt = self._prompt_tokens(record)
+        return max(1.0, min(most, prompt + self._lengths.expect(prompt, max(0.0, most - prompt))))
+
+    def _arranged(self, records: Sequence[RecordT], costs: Sequence[float]) -> Sequence[int] | None:
         expected = [self._expected_cost(record, cost) for record, cost in zip(records, costs, strict=True)]
-        prompts = [self.engine.prompt_ids(record) for record in records]
+        try:
+            prompts = [self.engine.prompt_ids(record) for record in records]
+        except Exception:
+            return None
         return admission_order(prompts, expected, shared=self._shared_prefix)

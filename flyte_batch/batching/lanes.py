@@ -106,6 +106,7 @@ class SubmitLane(Lane[RecordT, ResultT]):
         self, tickets: Sequence[ResultFuture[ResultT]], outcomes: Sequence[ResultT | BaseException], failures: int
     ) -> None:
         for future, outcome in zip(tickets, outcomes, strict=True):
+            future.holder = None
             if future.done():
                 continue
             if failures and isinstance(outcome, BaseException):

@@ -309,6 +309,7 @@ class Backlog(Generic[RecordT, ResultT]):
         padded, room = self._padded, self._max_batch_size
         counts: dict[Lane[RecordT, ResultT], int] = {}
         passed_over: list[Lane[RecordT, ResultT]] = []
+        begun_by_first = 0
         size = 0
         total: float = 0
         longest: float = 0
@@ -337,12 +338,17 @@ class Backlog(Generic[RecordT, ResultT]):
                 position += 1
             counts[lane] = position
             if not fits:
+                if not passed_over:
+                    # A lane that was alone may have given more than a turn.
+                    begun_by_first = min(begun + position - start, self._turn_size - 1)
                 passed_over.append(lane)
             elif position < len(lane.costs):
                 rotation[lane] = None
                 if size == room and begun + position - start < self._turn_size:
                     rotation.move_to_end(lane, last=False)
                     self._begun = begun + position - start
+        if passed_over:
+            self._begun = begun_by_first
         for lane in reversed(passed_over):
             rotation[lane] = None
             rotation.move_to_end(lane, last=False)

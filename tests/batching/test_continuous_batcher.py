@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stepping import settle, soon, until
 
@@ -191,6 +191,40 @@ async def test_a_large_record_is_not_passed_over_for_ever_by_small_ones():
         await soon(asyncio.gather(*small))
 
 
+@pytest.mark.parametrize("turn_size", [1, 64])
+async def test_a_small_caller_has_its_turn_also_where_the_budget_is_full_before_a_turn_is_over(turn_size):
+    steps = Steps()
+    device = engine(steps, slots=100)
+    async with fb.ContinuousBatcher(device, target_tokens_in_flight=40, turn_size=turn_size) as batcher:
+        big = asyncio.create_task(batcher.map(records(device, *["1 big"] * 1000), estimated_cost=[10] * 1000))
+        await settle()
+        small = await batcher.submit(*records(device, "1 small"), estimated_cost=10)
+        while not small.done():
+            await steps.step()
+        assert len(device.started) < 100
+        steps.run()
+        await soon(big)
+
+
+async def test_a_record_behind_one_that_does_not_fit_starts_as_soon_as_that_one_is_given_up():
+    steps = Steps()
+    device = engine(steps, slots=4)
+    options: Any = {"target_tokens_in_flight": 100, "expected_response_tokens": 100, "max_queue_size": 1}
+    async with fb.ContinuousBatcher(device, **options) as batcher:
+        await batcher.submit(*records(device, "9 running"), estimated_cost=60)
+        large = await batcher.submit(*records(device, "9 large"), estimated_cost=90)
+        waiting = asyncio.create_task(batcher.submit(*records(device, "1 small"), estimated_cost=10))
+        await settle()
+        assert batcher.stats.running == 1
+        assert large.cancel()
+        await settle()
+        assert (batcher.stats.running, batcher.stats.total_submitted) == (2, 3)
+        await steps.step(2)
+        assert (await waiting).done()
+        assert device.started.count("1 small") == 1
+        steps.run()
+
+
 # -- Order -------------------------------------------------------------------
 
 
@@ -311,6 +345,42 @@ async def test_a_record_whose_time_is_over_is_aborted_in_the_engine_and_fails_al
         assert batcher.stats.total_expired == 2
 
 
+async def test_a_map_that_finds_no_room_in_time_ends():
+    steps = Steps()
+    device = engine(steps, slots=1, endless=["1 endless"])
+    async with fb.ContinuousBatcher(device, max_in_flight=1, max_queue_size=1) as batcher:
+        running, queued = [await batcher.submit(r) for r in records(device, "1 endless", "1 queued")]
+        results: list[Any] = await soon(
+            batcher.map(records(device, "1 late", "1 late"), timeout_s=0.02, return_exceptions=True)
+        )
+        assert [type(result) for result in results] == [fb.DeadlineExceeded] * 2
+        with pytest.raises(fb.DeadlineExceeded):
+            await soon(batcher.map(records(device, "1 late"), timeout_s=0.02))
+        running.cancel()
+        steps.run()
+        await soon(queued)
+    stats = batcher.stats
+    assert (stats.total_submitted, stats.total_completed, stats.total_abandoned) == (2, 1, 1)
+
+
+async def test_a_map_that_expires_makes_room_for_whoever_waits():
+    steps = Steps()
+    device = engine(steps, slots=1, endless=["1 endless"])
+    async with fb.ContinuousBatcher(device, max_in_flight=1, max_queue_size=2) as batcher:
+        endless = await batcher.submit(*records(device, "1 endless"))
+        late = asyncio.create_task(batcher.map(records(device, "1 a", "1 b"), timeout_s=0.05, return_exceptions=True))
+        await settle()
+        entering = asyncio.create_task(batcher.submit(*records(device, "1 c")))
+        await settle()
+        assert not entering.done()
+        assert [type(result) for result in await soon(late)] == [fb.DeadlineExceeded] * 2
+        await soon(entering)
+        stats = batcher.stats
+        assert (stats.queued, stats.total_abandoned, stats.total_expired) == (1, 2, 2)
+        endless.cancel()
+        steps.run()
+
+
 # -- The engine's ways to fail -----------------------------------------------
 
 
@@ -324,6 +394,187 @@ async def test_an_engine_out_of_memory_gets_half_and_every_record_again():
         stats = batcher.stats
         assert stats.out_of_memory > 0
         assert (stats.total_completed, stats.total_failed) == (60, 0)
+
+
+async def test_a_burst_out_of_memory_halves_the_budget_once_and_it_rises_again_as_records_are_done():
+    steps = Steps()
+    device = engine(steps, slots=64, largest_flight=4)
+    async with fb.ContinuousBatcher(device, target_tokens_in_flight=100) as batcher:
+        futures = await batcher.submit_batch(records(device, *["2 x"] * 10), estimated_cost=[10] * 10)
+        await settle()
+        # Of ten in flight six were turned away; the first of them was the fifth, of 6 tokens each as far as is known.
+        assert (batcher.stats.out_of_memory, batcher.stats.running) == (6, 4)
+        assert batcher.budget == 15
+        steps.run()
+        await soon(asyncio.gather(*futures))
+        assert batcher.budget < 100
+        device._largest_flight = None  # whatever took the memory is gone
+        await soon(batcher.map(records(device, *["1 x"] * 1000), estimated_cost=[10] * 1000))
+        assert batcher.budget == 100
+
+
+async def test_a_record_turned_away_is_counted_once_and_does_not_run_when_it_is_given_up():
+    steps = Steps()
+    device = engine(steps, slots=8, largest_flight=1)
+    async with fb.ContinuousBatcher(device) as batcher:
+        running, away = [await batcher.submit(r) for r in records(device, "5 running", "5 away")]
+        await settle()
+        assert batcher.stats.out_of_memory == 1
+        away.cancel()
+        steps.run()
+        await soon(running)
+        await settle()
+        stats = batcher.stats
+        assert (stats.total_submitted, stats.total_completed, stats.total_abandoned) == (2, 1, 1)
+    assert device.started == ["5 running"]
+
+
+async def test_records_without_a_cost_do_not_keep_an_engine_out_of_memory_busy_for_ever():
+    device = engine(largest_flight=0)
+    async with fb.ContinuousBatcher(device) as batcher:
+        work = records(device, "1 a", "1 b")
+        results: list[Any] = await soon(batcher.map(work, estimated_cost=[0, 0], return_exceptions=True))
+        assert [type(result) for result in results] == [fb.EngineOutOfMemory] * 2
+
+
+async def test_a_record_whose_prompt_cannot_be_read_hangs_nobody():
+    class Broken(fb.FakeContinuousEngine):
+        def prompt_ids(self, record: FakeRecord) -> Any:
+            raise RuntimeError("no ids")
+
+    device = Broken(by_length)
+    async with fb.ContinuousBatcher(device) as batcher:
+        work = records(device, "1 a", "2 b", "1 c")
+        assert [r.text for r in await soon(batcher.map(work))] == ["w", "w w", "w"]
+        assert (await soon(await batcher.submit(work[0]))).text == "w"
+
+
+@pytest.mark.parametrize("tokens", [None, "many", float("nan")])
+async def test_a_response_without_a_length_is_delivered_and_nothing_is_learnt_from_it(tokens):
+    class Odd(fb.FakeContinuousEngine):
+        async def generate(self, record: FakeRecord) -> fb.Completion:
+            completion = await super().generate(record)
+            return fb.Completion(completion.text, "stop", 1, tokens)
+
+    device = Odd(by_length)
+    async with fb.ContinuousBatcher(device) as batcher:
+        assert len(await soon(batcher.map(records(device, *["1 a"] * 5)))) == 5
+        assert batcher.expected_response_tokens(1, 100) == 50
+
+
+async def test_what_the_engine_runs_cannot_wait_for_its_own_batcher():
+    refused: list[Exception] = []
+
+    class Recursive(fb.FakeContinuousEngine):
+        async def generate(self, record: FakeRecord) -> fb.Completion:
+            try:
+                await batcher.submit(record)
+            except fb.FlyteBatchError as error:
+                refused.append(error)
+            await batcher.stop()  # does not wait for this very record
+            return await super().generate(record)
+
+    device = Recursive(by_length)
+    async with fb.ContinuousBatcher(device, max_in_flight=1) as batcher:
+        assert (await soon(await batcher.submit(*records(device, "1 a")))).text == "w"
+    assert "that same batcher" in str(refused[0])
+
+
+async def test_an_engine_that_does_not_let_go_of_a_record_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("flyte_batch.batching.continuous._LETTING_GO_S", 0.01)
+    done = asyncio.Event()
+
+    class Stubborn(fb.FakeContinuousEngine):
+        async def generate(self, record: FakeRecord) -> fb.Completion:
+            while not done.is_set():
+                try:
+                    await done.wait()
+                except asyncio.CancelledError:
+                    continue
+            return fb.Completion("late", "stop", 1, 1)
+
+    batcher = fb.ContinuousBatcher(Stubborn())
+    await batcher.start()
+    future = await batcher.submit(*records(batcher.engine, "a"))  # type: ignore[arg-type]
+    await settle()
+    future.cancel()
+    await soon(batcher.aclose())
+    stats = batcher.stats
+    assert (stats.running, stats.total_abandoned) == (0, 1)
+    done.set()
+    await settle()
+
+
+async def test_after_a_death_nothing_runs_in_the_engine_and_whoever_was_turned_away_learns_of_it():
+    steps = Steps()
+    device = engine(steps, slots=8, largest_flight=2, endless=["1 endless"], dies_after=1)
+    batcher = fb.ContinuousBatcher(device)
+    await batcher.start()
+    futures = await batcher.submit_batch(records(device, "1 endless", "1 last", "1 away", "1 away"))
+    await settle()
+    assert batcher.stats.out_of_memory > 0
+    steps.run()
+    outcomes: list[Any] = await soon(asyncio.gather(*futures, return_exceptions=True))
+    assert sum(isinstance(outcome, fb.BatcherDied | fb.EngineDead) for outcome in outcomes) == 3
+    await settle()
+    assert device.running == 0
+    assert batcher._task is not None
+    assert batcher._task.done()
+    await batcher.aclose()
+
+
+def test_a_loop_closed_under_records_in_flight_is_noticed():
+    device = fb.FakeContinuousEngine(endless=["a"])
+    batcher = fb.ContinuousBatcher(device)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> asyncio.Future[Any]:
+        await batcher.start()
+        return await batcher.submit(*records(device, "a"))
+
+    future = loop.run_until_complete(begin())
+    loop.run_until_complete(settle())
+    loop.close()
+
+    async def look() -> None:
+        with pytest.raises(fb.BatcherDied, match="loop was closed"):
+            await batcher.submit(*records(device, "a"))
+
+    asyncio.run(look())
+    assert isinstance(future.exception(), fb.BatcherDied)
+
+
+async def test_an_iterable_without_an_end_does_not_hold_the_loop_when_the_batcher_is_dead():
+    device = engine(dies_after=0)
+    batcher = fb.ContinuousBatcher(device)
+    await batcher.start()
+    (record,) = records(device, "1 a")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(batcher.map(iter(lambda: record, None), return_exceptions=True), 0.05)
+    await batcher.aclose()
+
+
+async def test_what_a_caller_sets_in_one_record_does_not_reach_the_next():
+    seen: list[int] = []
+    count = contextvars.ContextVar("count", default=0)
+
+    def answer(_: str) -> str:
+        seen.append(count.get())
+        count.set(count.get() + 1)
+        return "w"
+
+    device = fb.FakeContinuousEngine(answer)
+    async with fb.ContinuousBatcher(device) as batcher:
+        await soon(batcher.map(records(device, *"abc")))
+    assert seen == [0, 0, 0]
+
+
+async def test_a_result_keeps_nothing_of_its_way_alive():
+    device = engine()
+    async with fb.ContinuousBatcher(device) as batcher:
+        future = await batcher.submit(*records(device, "1 a"))
+        await soon(future)
+        assert future.holder is None  # type: ignore[attr-defined]
 
 
 async def test_a_record_for_which_an_empty_engine_has_no_memory_fails_alone():
@@ -482,6 +733,14 @@ def test_an_option_that_cannot_work_is_refused_by_name(options, message):
         fb.ContinuousBatcher(engine(), **options)
 
 
+@pytest.mark.parametrize(("name", "value"), [("slots", 0), ("capacity_tokens", None)])
+def test_an_engines_own_numbers_are_checked_by_their_names(name, value):
+    device = engine()
+    setattr(device, name, value)
+    with pytest.raises((TypeError, fb.BadInput), match=f"the engine's {name}"):
+        fb.ContinuousBatcher(device)
+
+
 def test_an_engine_that_takes_batches_only_is_sent_to_the_other_batcher():
     with pytest.raises(TypeError, match="EngineBatcher"):
         fb.ContinuousBatcher(fb.FakeEngine())  # type: ignore[arg-type]
@@ -502,6 +761,16 @@ ACTIONS = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
+@example(
+    script=[("submit", 0), ("submit with timeout", 0)],
+    slots=1,
+    cap=2,
+    budget=104,
+    queue=1,
+    largest=1,
+    dies=None,
+    overflow="wait",
+)  # a record turned away whose time was over was counted twice
 @given(
     script=st.lists(ACTIONS, max_size=25),
     slots=st.integers(1, 4),

@@ -209,3 +209,16 @@ def test_halves_and_selections_of_a_batch_keep_records_costs_and_tickets_togethe
         assert part.costs == [cost for _, _, cost in part.records]
     first, second = batch.halves()
     assert first.records + second.records == batch.records
+
+
+@given(st.integers(2, 64), st.integers(10, 60))
+def test_a_turn_that_the_budget_cuts_short_goes_on_in_the_next_batch_and_then_ends(turn_size, budget):
+    backlog: Backlog = Backlog(max_batch_size=256, turn_size=turn_size)
+    fill(backlog, [10] * 500, [10] * 3)
+    before_the_second = 0
+    while len(backlog):
+        callers = [caller for caller, _ in places(backlog.take(budget))]
+        if 1 in callers:
+            break
+        before_the_second += len(callers)
+    assert before_the_second <= turn_size
