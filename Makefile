@@ -1,6 +1,7 @@
 # python3 (3.11 or newer) and make are all that is assumed; everything else is installed into .venv.
 #   make run     answer 5,000 generated problems with the demo model, through flyte's local mode
 #   make test    the test suite
+#   make test-runtime  the tests with the programs that run in Flyte's reusable containers (a minute or two)
 #   make test-vllm  the tests that need vLLM, with a build for CPUs in an environment of its own (3 GB)
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +13,9 @@ SEED ?= 2026
 export DO_NOT_TRACK = 1
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-vllm lint types check benchmarks train-demo-model clean
+.PHONY: help run test test-runtime test-vllm lint types check benchmarks train-demo-model clean
 help:
-	@sed -n '2,4p' Makefile
+	@sed -n '2,5p' Makefile
 
 run: $(VENV)/installed-run
 	@mkdir -p $(OUT)
@@ -24,6 +25,9 @@ run: $(VENV)/installed-run
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+test-runtime: $(VENV)/installed-runtime-tests
+	FLYTE_BATCH_RUNTIME_TESTS=1 $(BIN)/python -m pytest tests/runtime
 
 # On two CPU cores about two minutes to install, once, and twelve to run. The last five need no vLLM, but packages that
 # come with it.
@@ -66,6 +70,10 @@ $(VENV)/installed-run: pyproject.toml constraints.txt $(VENV)/created
 $(VENV)/installed-dev: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[dev]' || { echo "the packages could not be installed: see pip's words above; is a package index reachable?"; exit 1; }
 	@touch $@ $(VENV)/installed-run
+
+$(VENV)/installed-runtime-tests: pyproject.toml constraints.txt $(VENV)/created
+	$(PIP) -e '.[runtime-tests]'
+	@touch $@
 
 $(VENV)/installed-train: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[cpu,train]'

@@ -6,11 +6,12 @@ A row's way: `read_chunk` -> prompt and tokens (threads) -> batcher -> engine ->
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,10 @@ async def infer(
     from flyte_batch.data.parts import write_part
 
     started, started_at = time.monotonic(), time.time()
+    # pyarrow imports pandas, where it is installed, for the first rows that it reads: on a thread. Flyte looks at pandas
+    # whenever it converts a task's inputs, and a call that comes while it is half imported fails.
+    with suppress(ImportError):
+        importlib.import_module("pandas")
     table = await asyncio.to_thread(read_chunk, chunk)
     columns = prompt_columns(prompt)
     missing = [column for column in columns or () if column not in table.column_names]

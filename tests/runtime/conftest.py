@@ -1,0 +1,71 @@
+"""The real reusable-container runtime, on this machine: run by ``make test-runtime``, see `tests.runtime.cluster`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.image_environments import build_bundle
+
+if TYPE_CHECKING:
+    from tests.runtime.cluster import Cluster
+
+_HERE = Path(__file__).parent
+
+# Everything on this machine shares its disk, which the workflow can't know.
+_SHARED_DISK = "\nfb.require_shared = lambda **paths: None\n"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [name for name in ("grpc", "grpc_tools", "psutil", "uvicorn") if importlib.util.find_spec(name) is None]
+    reason = f"{', '.join(missing)} not installed here: make test-runtime" if missing else ""
+    if not missing and os.environ.get("FLYTE_BATCH_RUNTIME_TESTS") != "1":
+        reason = "starts many processes; run it by make test-runtime"
+    for item in items:
+        if _HERE in item.path.parents and reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
+    """An empty cluster; pools of at most two replicas start when they are needed, and go with the test."""
+    from tests.runtime.cluster import Cluster
+
+    async with Cluster(tmp_path / "cluster").up() as up:
+        yield up
+
+
+Bundle = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Flyte's own bundle of a module of ours. With ``plus``, code at its end: the module with one thing broken."""
+
+    @functools.cache
+    def make(module: str, plus: str = "") -> Path:
+        folder, root = tmp_path_factory.mktemp("bundle"), ROOT
+        if plus:
+            root = folder / "root"
+            for name in ("flyte_batch", "images", "workflows"):
+                shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+            with (root / f"{module.replace('.', '/')}.py").open("a") as file:
+                file.write(plus)
+        return build_bundle(module, folder / "bundle", root=root, python=sys.executable)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def generate_bundle(bundle: Bundle) -> Callable[[str], Path]:
+    """The bundle of ``workflows/generate.py``, with a fault if one is given, on a disk that all containers share."""
+    return lambda fault="": bundle("workflows.generate", _SHARED_DISK + fault)
