@@ -255,11 +255,14 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """The file ``chat_template.jinja`` wins over the configuration's text, as in transformers."""
+    """The file ``chat_template.jinja`` wins over the configuration's text, as in transformers.
+
+    Older vision models have theirs in ``chat_template.json`` only.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    source = config.get("chat_template")
+    source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):  # several named ones, [{"name": "default", "template": ...}, ...]
         named = {entry["name"]: entry["template"] for entry in source if isinstance(entry, dict)}
         source = named.get("default")

@@ -115,6 +115,13 @@ class TestAModelFolder:
         assert template is not None
         assert template.source == "D"
 
+    def test_may_hold_its_template_in_a_json_file_of_its_own(self, own_model: Path) -> None:
+        (own_model / "chat_template.jinja").unlink()
+        (own_model / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+        template = ModelFolder.read(own_model).template
+        assert template is not None
+        assert template.source == CHATML
+
     def test_may_write_its_special_tokens_as_objects(self, own_model: Path) -> None:
         (own_model / "chat_template.jinja").write_text("{{ bos_token }}|")
         self.write(own_model, "tokenizer_config.json", {"bos_token": {"content": "<s>", "lstrip": False}})
