@@ -66,8 +66,8 @@ async def infer(
     from flyte_batch.data.parts import write_part
 
     started, started_at = time.monotonic(), time.time()
-    # pyarrow imports pandas, where it is installed, for the first rows that it reads: on a thread. Flyte looks at it when
-    # it converts a task's inputs, and a call that comes while it is half imported fails.
+    # pyarrow imports pandas, where it is installed, with the first rows that it reads, on a thread. Flyte looks at it
+    # when it converts a task's inputs, and a call that comes while it is half imported fails.
     with suppress(ImportError):
         importlib.import_module("pandas")
     table = await asyncio.to_thread(read_chunk, chunk)
