@@ -102,6 +102,9 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         TypeError, BadInput: an option that cannot work; the message names it and the remedy.
     """
 
+    preferred_block = 1024
+    """Records of a call that are worth ordering: what a `Pipeline` hands over at a time."""
+
     def __init__(
         self,
         engine: ContinuousEngine[RecordT],
@@ -179,9 +182,6 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         return self._lengths.expect(prompt_tokens, limit)
 
     # -- The dispatcher ----------------------------------------------------
-
-    preferred_block = 1024
-    """Records of a call that are worth ordering: what a `Pipeline` hands over at a time."""
 
     async def _serve(self) -> None:
         while not self._is_drained() or self._turned_away or any(not flight.unwanted for flight in self._flights):

@@ -76,7 +76,7 @@ def as_failure(error: BaseException) -> Exception:
     """
     if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
         return error
-    failure = BatcherError(f"process_fn raised {type(error).__name__}: {error}")
+    failure = BatcherError(f"the call with this record raised {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
 
