@@ -14,13 +14,14 @@ Usable alone::
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 from flyte_batch.cores import available_cores
 from flyte_batch.errors import BatcherDied, BatcherNotRunning, EngineDead
@@ -28,6 +29,8 @@ from flyte_batch.errors import BatcherDied, BatcherNotRunning, EngineDead
 GONE = (EngineDead, BatcherDied, BatcherNotRunning)
 """Errors after which a batcher answers nothing more: no fault of the record that meets them."""
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ItemT = TypeVar("ItemT")
 RecordT = TypeVar("RecordT")
 ResultT = TypeVar("ResultT")
@@ -163,10 +166,21 @@ class Pipeline(Generic[ItemT, RecordT, ResultT, OutT]):
 
     async def _infer_block(self, items: list[ItemT], executor: ThreadPoolExecutor) -> list[OutT | Failure[ItemT]]:
         loop = asyncio.get_running_loop()
-        prepared: list[Any] = await loop.run_in_executor(executor, _prepare_all, self._prepare, items)
+        prepared: list[Any] = await loop.run_in_executor(executor, _in_context(_prepare_all), self._prepare, items)
         sent = [i for i, record in enumerate(prepared) if not isinstance(record, Failure)]
         results = await self._batcher.map([prepared[i] for i in sent], return_exceptions=True)
-        return await loop.run_in_executor(executor, _finish_all, self._finish, items, prepared, sent, results)
+        call = _in_context(_finish_all)
+        return await loop.run_in_executor(executor, call, self._finish, items, prepared, sent, results)
+
+
+def _in_context(function: Callable[P, T]) -> Callable[P, T]:
+    """The function in the caller's context, on whatever thread: user functions see which Flyte task they work for."""
+    context = contextvars.copy_context()  # a copy a call, for a context can't be in use twice
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return context.run(function, *args, **kwargs)
+
+    return call
 
 
 def _prepare_all(prepare: Callable[[ItemT], Any], items: list[ItemT]) -> list[Any]:

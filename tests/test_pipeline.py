@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -295,3 +296,19 @@ async def test_a_pipeline_hands_over_as_many_records_as_its_batcher_prefers() ->
     pipeline = fb.Pipeline(lambda item: item, Preferring(), lambda _, result: result)
     assert [output async for output in pipeline.run(range(250))] == list(range(250))
     assert sizes == [100, 100, 50]
+
+
+async def test_prepare_and_finish_see_the_callers_context_on_their_threads() -> None:
+    task: contextvars.ContextVar[str] = contextvars.ContextVar("task", default="nobody")
+
+    def prepare(item: int) -> str:
+        return f"{item} of {task.get()}"
+
+    def finish(item: int, result: str) -> tuple[str, str]:
+        return result, task.get()
+
+    async def call(name: str) -> list[Any]:
+        task.set(name)
+        return await collect(fb.Pipeline(prepare, Gate(), finish).run([1]))
+
+    assert await asyncio.gather(*map(call, "ab")) == [[("1 of a", "a")], [("1 of b", "b")]]
