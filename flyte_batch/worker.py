@@ -69,7 +69,7 @@ async def infer(
     # pyarrow imports pandas, where it is installed, with the first rows that it reads, on a thread. Flyte looks at it
     # when it converts a task's inputs, and a call that comes while it is half imported fails.
     with suppress(ImportError):
-        importlib.import_module("pandas")
+        _ = importlib.import_module("pandas").DataFrame  # Flyte may have left a lazy module that loads at first use
     table = await asyncio.to_thread(read_chunk, chunk)
     columns = prompt_columns(prompt)
     missing = [column for column in columns or () if column not in table.column_names]

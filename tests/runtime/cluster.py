@@ -6,8 +6,8 @@ What is played, and how:
 - A reusable task goes to the pool of its environment, to the replica with the fewest calls. A pool starts all of its
   replicas at once, so that a test knows how many there are, and replaces one that ended, as Kubernetes does.
 - Any other task is a process of its own.
-- An attempt that failed is repeated as often as the task's ``retries`` say, on whatever replica has room; a lost
-  replica counts as a failed attempt. The last attempt's error goes to the parent.
+- An attempt that failed is repeated as often as the task's ``retries`` say, at once; where the replica failed, not the
+  task, on another one. A lost replica counts as a failed attempt. The last attempt's error goes to the parent.
 """
 
 from __future__ import annotations
@@ -190,12 +190,19 @@ class Pool:
                 await replica.stop()
 
     async def run(
-        self, call: str, command: list[str], env: dict[str, str], abort: asyncio.Event
+        self, call: str, command: list[str], env: dict[str, str], abort: asyncio.Event, *, avoid: str | None
     ) -> tuple[str, End, str]:
-        """Run a call on the least loaded replica that has room; returns its name, the end and the bridge's reason."""
+        """Run a call on the least loaded replica that has room; gives its name, the end and the bridge's reason.
+
+        Args:
+            avoid: a replica that just failed this call. One that dies says so some 50 ms before it is gone, and would
+                be given the next attempts as well, for it has the fewest calls.
+        """
+        if self._size == 1:
+            avoid = None  # it failed the call, but may live; one that died is replaced under another name
         async with self._room:
-            await self._room.wait_for(self._least_loaded)
-            replica = self._least_loaded()
+            await self._room.wait_for(lambda: self._least_loaded(avoid))
+            replica = self._least_loaded(avoid)
             assert replica is not None
             ended = replica.worker.assign(call, command, env)
         aborted = asyncio.create_task(abort.wait())
@@ -212,11 +219,13 @@ class Pool:
                 self._room.notify_all()
         return replica.worker.id, end, reason
 
-    def _least_loaded(self) -> Replica | None:
+    def _least_loaded(self, avoid: str | None) -> Replica | None:
         free = [
             replica
             for replica in self.replicas
-            if replica.worker.connected.is_set() and len(replica.worker.calls) < self._parallelism
+            if replica.worker.connected.is_set()
+            and replica.worker.id != avoid
+            and len(replica.worker.calls) < self._parallelism
         ]
         return min(free, key=lambda replica: len(replica.worker.calls), default=None)
 
@@ -345,7 +354,10 @@ class Cluster:
         env = {**self._env, **{pair.key: pair.value for pair in template.container.env}}
         if template.type == "actor":
             pool = self._pool(template.custom, env)
-            return await pool.run(f"{run.name}-{action.name}-{number}", command, identity, action.abort)
+            last = action.attempts[-1] if action.attempts else None
+            failed_at = last.where if last is not None and last.end is not End.RETURNED else None
+            call = f"{run.name}-{action.name}-{number}"
+            return await pool.run(call, command, identity, action.abort, avoid=failed_at)
         return await self._run_process(run, command, {**env, **identity}, outputs, action.abort)
 
     def _pool(self, custom: Any, env: dict[str, str]) -> Pool:

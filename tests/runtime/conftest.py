@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster
 
 _HERE = Path(__file__).parent
+
+# Flyte leaves a lazy module of it behind, which no two threads may load at once, as Flyte's and pyarrow's here do.
+_ = importlib.import_module("pandas").DataFrame
 
 # Everything on this machine shares its disk, which the workflow can't know.
 _SHARED_DISK = "\nfb.require_shared = lambda **paths: None\n"
