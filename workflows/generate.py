@@ -17,6 +17,9 @@ import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import flyte
 
 import flyte_batch as fb
 from flyte_batch.engines import EngineChoice, check_engine_options, choose_engine, start_engine
@@ -26,6 +29,9 @@ from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
 REPLICAS = int(os.environ.get("FLYTE_BATCH_REPLICAS", "4"))
+
+# At once, a retry may land on the very replica that is about to end.
+RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
 
 cpu_replicas = fb.replica_environment(
     "generate-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
@@ -114,13 +120,13 @@ async def infer(chunk: fb.Chunk, job_json: str) -> fb.ChunkReport:
     return await fb.infer(chunk, lambda: solver(job.choice, job.sampling, job.engine_options), prompt=job.prompt)
 
 
-@cpu_replicas.task(retries=2)
+@cpu_replicas.task(retries=RETRIES)
 async def infer_chunk(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a CPU replica."""
     return await infer(chunk, job)
 
 
-@gpu_replicas.task(retries=2)
+@gpu_replicas.task(retries=RETRIES)
 async def infer_chunk_on_gpu(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a GPU replica."""
     return await infer(chunk, job)

@@ -18,7 +18,10 @@ import asyncio
 import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
+
+import flyte
 
 import flyte_batch as fb
 from flyte_batch.data.sources import open_source
@@ -27,6 +30,9 @@ from flyte_batch.engines import EngineChoice, choose_engine, start_engine
 from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
+
+# At once, a retry may land on the very replica that is about to end.
+RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
 
 cpu_replicas = fb.replica_environment("gsm8k-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=2, concurrency=10)
 gpu_replicas = fb.replica_environment(
@@ -94,13 +100,13 @@ async def solve(questions: list[str], choice: EngineChoice, max_tokens: int) -> 
     return Solved(answers, stats.utilization, stats.avg_in_flight)
 
 
-@cpu_replicas.task(retries=2)
+@cpu_replicas.task(retries=RETRIES)
 async def infer_batch(questions: list[str], choice: EngineChoice, max_tokens: int) -> Solved:
     """`solve` on a CPU replica."""
     return await solve(questions, choice, max_tokens)
 
 
-@gpu_replicas.task(retries=2)
+@gpu_replicas.task(retries=RETRIES)
 async def infer_batch_on_gpu(questions: list[str], choice: EngineChoice, max_tokens: int) -> Solved:
     """`solve` on a GPU replica."""
     return await solve(questions, choice, max_tokens)
