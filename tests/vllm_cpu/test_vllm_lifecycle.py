@@ -47,7 +47,8 @@ class TestDeath:
         core, worker = sorted(processes.alive)
         record = engine.prepare(Prompt("Ben has 3 cups."))
         running = [asyncio.ensure_future(engine.generate(record)) for _ in range(4)]
-        await asyncio.sleep(0.1)
+        while engine._engine.output_processor.get_num_unfinished_requests() < len(running):  # noqa: ASYNC110
+            await asyncio.sleep(0)
         os.kill(core, signal.SIGKILL)
         killed = time.monotonic()
         done, pending = await asyncio.wait(running, timeout=10)
@@ -70,7 +71,8 @@ class TestDeath:
         worker = max(processes.alive)
         record = engine.prepare(Prompt("Ben has 3 cups."))
         running = [asyncio.ensure_future(engine.generate(record)) for _ in range(4)]
-        await asyncio.sleep(0.1)
+        while engine._engine.output_processor.get_num_unfinished_requests() < len(running):  # noqa: ASYNC110
+            await asyncio.sleep(0)
         os.kill(worker, signal.SIGKILL)
         _, pending = await asyncio.wait(running, timeout=30)
         assert not pending
