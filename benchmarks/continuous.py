@@ -14,8 +14,8 @@ object that offers both ways): its ``AsyncLLM``, which `VLLMEngine` wraps, and i
 
 The batchers may have the same number of records in the engine: twice its slots. The response lengths are fixed
 (``ignore_eos``, each request's own ``max_tokens``): uniform, or with a heavy tail. A step of the engine gives each
-running record one token: the mean number of running records is tokens / steps. Seconds depend on the machine, and on what
-else it does; steps do not.
+running record one token: the mean number of running records is tokens / steps. Seconds depend on the machine, and on
+what else it does; steps do not.
 """
 
 from __future__ import annotations
