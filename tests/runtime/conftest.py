@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.image_environments import build_bundle
+from tests.runtime.jobs import SLOW, Job
+from tests.runtime.reliability import MARKED, OUTCOMES, Outcome
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster
@@ -29,7 +31,11 @@ _ = importlib.import_module("pandas").DataFrame
 _SHARED_DISK = "\nfb.require_shared = lambda **paths: None\n"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[OUTCOMES], config.stash[MARKED] = (
+        [],
+        sum(item.get_closest_marker("fault") is not None for item in items),
+    )
     missing = [name for name in ("grpc", "grpc_tools", "psutil", "uvicorn") if importlib.util.find_spec(name) is None]
     reason = f"{', '.join(missing)} not installed here: make test-runtime" if missing else ""
     if not missing and os.environ.get("FLYTE_BATCH_RUNTIME_TESTS") != "1":
@@ -37,6 +43,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _HERE in item.path.parents and reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fault = item.get_closest_marker("fault")
+    if fault is not None and report.when == "call" and report.passed:
+        seen = dict(report.user_properties)
+        item.config.stash[OUTCOMES].append(Outcome(*fault.args, **seen, seconds=report.duration))
+    return report
 
 
 @pytest.fixture
@@ -73,3 +91,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def generate_bundle(bundle: Bundle) -> Callable[[str], Path]:
     """The bundle of ``workflows/generate.py``, with a fault if one is given, on a disk that all containers share."""
     return lambda fault="": bundle("workflows.generate", _SHARED_DISK + fault)
+
+
+@pytest.fixture
+def job(
+    cluster: Cluster,
+    generate_bundle: Callable[..., Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> Job:
+    """A run of the workflow that takes long enough to break something meanwhile."""
+    return Job(cluster, generate_bundle(SLOW), tmp_path, record_property)

@@ -7,86 +7,14 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
-import flyte_batch as fb
-from flyte_batch.demo.problems import generate, is_right
-from tests.helpers import write_jsonl
-from workflows import generate as workflow
+from tests.runtime.jobs import SLOW, Job, lost
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster, Run
-    from tests.runtime.replica import Replica
-
-ROWS, CHUNK_ROWS = 600, 25
-"""Two replicas take four chunks each at once, so the 24 chunks go in three rounds: faults come after the first."""
-
-
-class Job:
-    """A run of the workflow over `ROWS` problems, and what became of it."""
-
-    def __init__(self, cluster: Cluster, bundle: Path, folder: Path) -> None:
-        self.cluster, self.bundle = cluster, bundle
-        self.output = folder / "out"
-        problems = [{"question": p.question, "answer": p.answer} for p in generate(ROWS, 31)]
-        self.source = write_jsonl(folder / "in.jsonl", problems)
-
-    async def start(self) -> Run:
-        return await self.cluster.start(
-            workflow.main, self.bundle, source=self.source, output=str(self.output), chunk_size=CHUNK_ROWS
-        )
-
-    def parts(self) -> dict[str, int]:
-        """Committed parts and when they were written (ns)."""
-        return {path.name: path.stat().st_mtime_ns for path in self.output.glob("part-*")}
-
-    async def half_done(self, run: Run, parts: int = 6) -> list[Replica]:
-        """Wait until some parts are there and calls are under way on both replicas; gives the replicas.
-
-        Raises:
-            AssertionError: the run ended before.
-        """
-        while True:
-            assert not run.phase, f"too late: {run.phase} {run.error}"
-            pool = self.cluster.pools.get("generate-cpu")
-            replicas = list(pool.replicas) if pool is not None else []
-            busy = len(replicas) == 2 and all(replica.worker.calls for replica in replicas)
-            if busy and len(self.parts()) >= parts:
-                return replicas
-            await asyncio.sleep(0.01)
-
-    def check(self, summary: fb.RunSummary, *, failures: int = 0) -> None:
-        """Every row is there exactly once, in order, and right."""
-        assert (summary.rows, summary.failures, summary.chunks) == (ROWS, failures, ROWS // CHUNK_ROWS)
-        table = fb.read_output(str(self.output))
-        assert table["question"].to_pylist() == [p.question for p in generate(ROWS, 31)]
-        assert (
-            sum(is_right(row["response"] or "", row["answer"]) for row in table.to_pylist()) >= 0.99 * ROWS - failures
-        )
-
-
-def lost(run: Run) -> list[Any]:
-    """The attempts of chunks that did not end well."""
-    return [attempt for action in run.children for attempt in action.attempts if attempt.error is not None]
-
-
-@pytest.fixture
-def job(cluster: Cluster, generate_bundle: Callable[..., Path], tmp_path: Path) -> Job:
-    return Job(cluster, generate_bundle(SLOW), tmp_path)
-
-
-SLOW = """
-# -- from here on added by a test
-from flyte_batch.engines.ctranslate2 import CTranslate2Engine as _Engine
-_undelayed = _Engine.infer
-async def _slow(self, batch):
-    await asyncio.sleep(0.3)  # so that a test can break something meanwhile
-    return await _undelayed(self, batch)
-_Engine.infer = _slow
-"""
 
 
 async def test_an_executor_that_is_killed_costs_only_its_calls_and_a_new_replica_takes_its_place(job: Job) -> None:
@@ -112,7 +40,8 @@ async def test_a_bridge_that_is_terminated_costs_only_its_calls_and_leaves_no_ex
     victim.terminate_bridge()
     job.check(await run.result())
     assert {attempt.where for attempt in lost(run)} == {victim.worker.id}
-    assert not psutil.pid_exists(executor)
+    with pytest.raises(ProcessLookupError):
+        os.kill(executor, 0)
 
 
 async def test_both_replicas_killed_at_once_are_replaced_and_the_run_ends_well(job: Job) -> None:
@@ -193,13 +122,13 @@ async def infer(chunk, job):
 class Broken:
     """Makes a `Job` in whose bundle a statement is executed once, in the task or in the engine's ``infer``."""
 
-    def __init__(self, cluster: Cluster, generate_bundle: Callable[..., Path], folder: Path) -> None:
-        self._cluster, self._generate_bundle, self._folder = cluster, generate_bundle, folder
+    def __init__(self, make: Callable[[str], Job], folder: Path) -> None:
+        self._make = make
         self.flag = folder / "broken"
 
     async def run(self, where: str, what: str) -> tuple[Job, Run]:
         fault = FAULT.format(where=where, what=what, flag=str(self.flag))
-        job = Job(self._cluster, self._generate_bundle(SLOW + fault), self._folder)
+        job = self._make(SLOW + fault)
         run = await job.start()
         await run.ended()
         assert self.flag.exists(), f"nothing was broken: {run.log}"
@@ -207,8 +136,13 @@ class Broken:
 
 
 @pytest.fixture
-def broken(cluster: Cluster, generate_bundle: Callable[..., Path], tmp_path: Path) -> Broken:
-    return Broken(cluster, generate_bundle, tmp_path)
+def broken(
+    cluster: Cluster,
+    generate_bundle: Callable[..., Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> Broken:
+    return Broken(lambda fault: Job(cluster, generate_bundle(fault), tmp_path, record_property), tmp_path)
 
 
 async def test_an_engine_that_dies_is_built_anew_and_no_call_is_lost(broken: Broken) -> None:
