@@ -16,6 +16,7 @@ import flyte
 
 import flyte_batch
 from flyte_batch.errors import BadInput
+from flyte_batch.replica import DEFAULT_STALL_LIMIT_S, ReplicaSettings
 
 DEFAULT_CONCURRENCY = 10
 DEFAULT_IDLE_TTL_S = 300
@@ -48,6 +49,7 @@ def replica_environment(
     replicas: int | tuple[int, int] = (1, 2),
     concurrency: int = DEFAULT_CONCURRENCY,
     idle_ttl: int = DEFAULT_IDLE_TTL_S,
+    stall_limit_s: float = DEFAULT_STALL_LIMIT_S,
     env_vars: dict[str, str] | None = None,
     secrets: Any = None,
 ) -> flyte.TaskEnvironment:
@@ -67,7 +69,10 @@ def replica_environment(
             while one chunk is read or written, the others keep the device busy.
         idle_ttl: seconds (at least 30) until an idle environment shuts down; longer than a model's load, or every run
             starts cold.
-        env_vars: environment variables of the containers. ``FLYTE_BATCH_POOL`` is added.
+        stall_limit_s: a replica whose event loop or whose engine stood still for so many seconds ends itself, so that a
+            sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
+            blocks the loop.
+        env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added.
         secrets: Flyte's secret request, such as a token for a model hub.
 
     Raises:
@@ -79,15 +84,15 @@ def replica_environment(
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1 chunk per replica, got {concurrency}")
     _require_known_gpu(gpu)
-    # Flyte tells pools of warm containers apart by what they run, environment variables included, but not by the kind
-    # of GPU nor by concurrency: without this a run that asks for an L4 might be served by a warm A10G.
-    pool = f"gpu={gpu} concurrency={concurrency}"
+    if stall_limit_s <= 0:
+        raise ValueError(f"stall_limit_s must be positive, got {stall_limit_s}")
+    settings = ReplicaSettings(name, gpu, most, concurrency, idle_ttl, stall_limit_s)
     return flyte.TaskEnvironment(
         name=name,
         image=image,
         resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu, disk=disk, shm=shm),  # type: ignore[arg-type]
         reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
-        env_vars={**(env_vars or {}), "FLYTE_BATCH_POOL": pool},
+        env_vars={**(env_vars or {}), **settings.variable()},
         secrets=secrets,
         include=_include(),
     )
