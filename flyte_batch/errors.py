@@ -6,7 +6,7 @@ FlyteBatchError
 │   ├── BatcherNotRunning            submit before start() or after stop()
 │   ├── BatcherDied                  the batcher cannot go on; what was pending fails with this, so do later submits
 │   ├── QueueFull                    overflow="reject" and no room: shed this load or come back later
-│   └── DeadlineExceeded (TimeoutError)  the record had no result when its timeout_s was over
+│   └── DeadlineExceeded (TimeoutError)  a record had no result, or a chunk no part, when its timeout_s was over
 ├── EngineError (RuntimeError)
 │   ├── EngineDead                   the engine is gone; its singleton rebuilds it
 │   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
@@ -45,7 +45,7 @@ class QueueFull(BatcherError):
 
 
 class DeadlineExceeded(BatcherError, TimeoutError):
-    """The record had no result when its ``timeout_s`` was over; it was taken out of the queue or off the device."""
+    """No result when ``timeout_s`` was over; a record was taken back from queue or device, a chunk was given up."""
 
 
 class EngineError(FlyteBatchError, RuntimeError):

@@ -17,7 +17,8 @@ from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
-from flyte_batch.errors import BadInput, BadRecord, EngineError
+from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
+from flyte_batch.guard import watch
 from flyte_batch.pipeline import GONE, Failure, Pipeline
 from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
 from flyte_batch.records import Chat, Completion, Prompt
@@ -45,6 +46,7 @@ async def infer(
     *,
     prompt: str | PromptTemplate | PromptFunction,
     finish: FinishFunction | None = None,
+    timeout_s: float | None = None,
 ) -> ChunkReport:
     """Infer the rows of a chunk and commit its part. Safe to repeat: the part appears whole, once, under one name.
 
@@ -54,6 +56,8 @@ async def infer(
         prompt: a template such as ``"{question}"``, or a function of a row. A prompt without a seed gets its row's
             number in the source, so that an engine that seeds each record samples a row alike in every run.
         finish: post-processing of a response; without it the response is the completion's text.
+        timeout_s: seconds for the whole chunk, a model's load included; one that takes longer is given up. If nobody
+            got an answer meanwhile, the replica ends itself as well: code that hangs on a thread can't be stopped.
 
     Returns:
         Counts of the chunk, and what its replica's device did meanwhile.
@@ -62,47 +66,97 @@ async def infer(
         BadInput: the source changed since the run was planned, or lacks a column that the prompt reads.
         EngineError: the engine failed every row; nothing was written, so that a retry can do better.
         EngineDead, BatcherDied: the engine died twice within `DEATHS_APART_S`; let another replica try.
+        DeadlineExceeded: ``timeout_s`` was over; says how far the chunk had come.
+        ValueError: ``timeout_s`` is not positive.
     """
-    from flyte_batch.data.parts import write_part
+    if timeout_s is not None and timeout_s <= 0:
+        raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+    guard = watch()
+    work = _Work(chunk, solver)
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            return await work.run(prompt, finish)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        if why := work.stuck():
+            guard.end_replica_soon(f"{why} for {timeout_s:g} s")
+        raise DeadlineExceeded(f"{work} was not done after {timeout_s:g} s: {work.how_far()}") from error
 
-    started, started_at = time.monotonic(), time.time()
-    # pyarrow imports pandas, where it is installed, with the first rows that it reads, on a thread. Flyte looks at it
-    # when it converts a task's inputs, and a call that comes while it is half imported fails.
-    with suppress(ImportError):
-        _ = importlib.import_module("pandas").DataFrame  # Flyte may have left a lazy module that loads at first use
-    table = await asyncio.to_thread(read_chunk, chunk)
-    columns = prompt_columns(prompt)
-    missing = [column for column in columns or () if column not in table.column_names]
-    if missing:
-        raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
-    values = await asyncio.to_thread(_values, table if columns is None or finish else table.select(list(columns)))
-    task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row)
-    died_at = -math.inf
-    while True:
-        batcher = await solver()  # a singleton drops what is not running any more, and builds anew
-        use = _DeviceWatch(batcher, started_at)
-        try:
-            await task.run(batcher)
-            break
-        except GONE as error:
-            now = time.monotonic()
-            if now - died_at < DEATHS_APART_S:
-                raise
-            died_at, started_at = now, time.time()
-            logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, table.num_rows)
-    task.check_engine()
-    info = await asyncio.to_thread(write_part, chunk, table, task.answered())
-    return ChunkReport(
-        chunk_id=chunk.id,
-        index=chunk.index,
-        rows=info.rows,
-        failures=info.failures,
-        prompt_tokens=info.prompt_tokens,
-        response_tokens=info.response_tokens,
-        part=info.name,
-        seconds=time.monotonic() - started,
-        device=use.until_now(),
-    )
+
+class _Work:
+    """What a call does for its chunk, and how far it has come."""
+
+    def __init__(self, chunk: Chunk, solver: Solver) -> None:
+        self._chunk = chunk
+        self._solver = solver
+        self._task: _Task | None = None
+        self._use: _DeviceWatch | None = None
+
+    def __str__(self) -> str:
+        chunk = self._chunk
+        return f"chunk {chunk.index} (rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1})"
+
+    def how_far(self) -> str:
+        """For a message: ``12 of 200 rows had no answer yet``."""
+        if self._task is None:
+            return "its rows were not read yet"
+        if self._use is None:
+            return "the model was still loading"
+        left = self._task.left
+        return f"{left} of {self._chunk.rows} rows had no answer yet" if left else "its part was being written"
+
+    def stuck(self) -> str:
+        """Why no other call of this process would do better; empty if one may."""
+        if self._use is None or not self._use.nobody_got_an_answer:
+            return ""
+        if self._use.nothing_was_asked:
+            return "no prompt got ready"
+        return "the engine gave nobody an answer"
+
+    async def run(self, prompt: str | PromptTemplate | PromptFunction, finish: FinishFunction | None) -> ChunkReport:
+        """See `infer`."""
+        from flyte_batch.data.parts import write_part
+
+        chunk = self._chunk
+        started, started_at = time.monotonic(), time.time()
+        # pyarrow imports pandas, where it is installed, with the first rows that it reads, on a thread. Flyte looks at
+        # it when it converts a task's inputs, and a call that comes while it is half imported fails.
+        with suppress(ImportError):
+            _ = importlib.import_module("pandas").DataFrame  # Flyte may have left a lazy module that loads at first use
+        table = await asyncio.to_thread(read_chunk, chunk)
+        columns = prompt_columns(prompt)
+        missing = [column for column in columns or () if column not in table.column_names]
+        if missing:
+            raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
+        values = await asyncio.to_thread(_values, table if columns is None or finish else table.select(list(columns)))
+        task = self._task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row)
+        died_at = -math.inf
+        while True:
+            batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
+            use = self._use = _DeviceWatch(batcher, started_at)
+            try:
+                await task.run(batcher)
+                break
+            except GONE as error:
+                now = time.monotonic()
+                if now - died_at < DEATHS_APART_S:
+                    raise
+                died_at, started_at = now, time.time()
+                logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, chunk.rows)
+        task.check_engine()
+        info = await asyncio.to_thread(write_part, chunk, table, task.answered())
+        return ChunkReport(
+            chunk_id=chunk.id,
+            index=chunk.index,
+            rows=info.rows,
+            failures=info.failures,
+            prompt_tokens=info.prompt_tokens,
+            response_tokens=info.response_tokens,
+            part=info.name,
+            seconds=time.monotonic() - started,
+            device=use.until_now(),
+        )
 
 
 def _values(table: Any) -> dict[str, list[Any]]:
@@ -204,9 +258,17 @@ class _DeviceWatch:
 
     def __init__(self, batcher: EngineOwner[Any, Completion, Any], since: float) -> None:
         self._batcher = batcher
-        self._busy = batcher.stats.busy_time_s
+        self._before = batcher.stats
         self._from = since
+
+    @property
+    def nothing_was_asked(self) -> bool:
+        return self._batcher.stats.total_submitted == self._before.total_submitted
+
+    @property
+    def nobody_got_an_answer(self) -> bool:
+        return self._batcher.stats.total_completed == self._before.total_completed
 
     def until_now(self) -> DeviceUse:
         stats = self._batcher.stats
-        return DeviceUse(self._batcher.id, self._from, time.time(), self._busy, stats.busy_time_s)
+        return DeviceUse(self._batcher.id, self._from, time.time(), self._before.busy_time_s, stats.busy_time_s)

@@ -21,6 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "cores": set(),
     "replica": set(),
+    "processes": set(),
+    "guard": {"processes", "replica"},
     "planning": set(),
     "progress": set(),
     "fingerprint": set(),
@@ -31,9 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     "pipeline": {"cores"},
     "data": set(),
     "demo": {"data"},
-    "engines": {"cores", "demo"},
+    "engines": {"cores", "demo", "processes"},
     "batching": {"engines"},
-    "worker": {"batching", "data", "engines", "pipeline", "prompts"},
+    "worker": {"batching", "data", "engines", "guard", "pipeline", "prompts"},
     "driver": {"data", "planning", "fingerprint", "progress"},
 }
 

@@ -62,6 +62,7 @@ class Job:
         messages_column: a column with conversations.
         image_column: a column with pictures.
         system: instructions for a chat model.
+        timeout_s: seconds for a chunk.
     """
 
     choice: EngineChoice
@@ -71,6 +72,7 @@ class Job:
     messages_column: str | None = None
     image_column: str | None = None
     system: str | None = None
+    timeout_s: float = 3600.0
 
     def to_json(self) -> str:
         """What travels to the tasks: one text; nested dataclasses take Flyte 28 ms a call."""
@@ -117,7 +119,12 @@ async def solver(
 async def infer(chunk: fb.Chunk, job_json: str) -> fb.ChunkReport:
     """Infer one chunk and commit its part."""
     job = Job.from_json(job_json)
-    return await fb.infer(chunk, lambda: solver(job.choice, job.sampling, job.engine_options), prompt=job.prompt)
+    return await fb.infer(
+        chunk,
+        lambda: solver(job.choice, job.sampling, job.engine_options),
+        prompt=job.prompt,
+        timeout_s=job.timeout_s,
+    )
 
 
 @cpu_replicas.task(retries=RETRIES)
@@ -151,6 +158,7 @@ async def main(
     sampling_options: str = "{}",
     columns: str | None = None,
     chunk_size: int | None = None,
+    chunk_timeout_s: float = 3600.0,
     limit: int | None = None,
     max_failure_rate: float | None = None,
     retry_failures: bool = False,
@@ -177,6 +185,7 @@ async def main(
         sampling_options: further sampling parameters, a JSON object: {"top_p": 0.9, "stop": ["END"]}.
         columns: the source's columns to keep in the output, separated by commas; all when left out.
         chunk_size: rows per chunk; planned when left out.
+        chunk_timeout_s: seconds for a chunk, the model's load included; one that takes longer is tried again elsewhere.
         limit: only the first so many rows.
         max_failure_rate: share (0-1) of failed rows above which the run fails; half of them when left out, in runs of
             at least 100 rows.
@@ -206,6 +215,7 @@ async def main(
         messages_column,
         image_column,
         system_prompt,
+        chunk_timeout_s,
     )
     replicas, task = (gpu_replicas, infer_chunk_on_gpu) if choice.engine == "vllm" else (cpu_replicas, infer_chunk)
     most_replicas, concurrency = fb.slots(replicas)

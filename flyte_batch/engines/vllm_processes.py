@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from flyte_batch.processes import process_table
+
 # Names that vLLM gives to the processes it starts itself; workers are found below them.
 _ROOTS = ("EngineCore", "VLLM", "DPCoordinator")
 _LOOK_EVERY_S = 0.05
@@ -89,20 +91,6 @@ class EngineProcesses:
                 os.kill(pid, number)
             except ProcessLookupError:  # it ended in between
                 continue
-
-
-def process_table() -> dict[int, tuple[int, int]]:
-    """id -> (parent's id, start in clock ticks since boot) of all processes but zombies; empty without ``/proc``."""
-    table = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # The second field is a name in parentheses that may hold anything, parentheses too.
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()
-        except OSError:  # it ended in between
-            continue
-        if fields[0] != "Z":
-            table[int(path.parent.name)] = (int(fields[1]), int(fields[19]))
-    return table
 
 
 class ErrorFile(logging.Handler):

@@ -17,8 +17,9 @@ import pytest
 
 from flyte_batch.demo.problems import generate, is_right
 from flyte_batch.engines import VLLMEngine, choose_engine, start_engine, vllm_start
-from flyte_batch.engines.vllm_processes import EngineProcesses, process_table
+from flyte_batch.engines.vllm_processes import EngineProcesses
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
+from flyte_batch.processes import process_table
 from flyte_batch.records import Prompt, SamplingParameters, StructuredOutput
 from tests.helpers import ENVIRONMENT, ROOT
 from tests.vllm_cpu.starting import FAST, MODEL, Start, start_demo
