@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import warnings
 from types import TracebackType
+from typing import Any
 
 import pytest
 
 import flyte_batch as fb
+from flyte_batch import singletons
+from flyte_batch.errors import FlyteBatchError
+from flyte_batch.replica import ReplicaSettings
+from flyte_batch.singletons import Singleton
 
 
 class Resource:
@@ -242,3 +248,277 @@ def test_two_event_loops_that_live_at_the_same_time_keep_their_own_values() -> N
         two.close()
     asyncio.run(resource())
     assert (first.exited, second.exited) == (1, 1)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_a_loop_that_was_closed_over_a_working_engine_leaves_it_closed_and_the_next_one_works(continuous: bool) -> None:
+    engines: list[fb.FakeEngine] = []
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher | fb.ContinuousBatcher:
+        engines.append(fb.FakeContinuousEngine() if continuous else fb.FakeEngine())
+        return fb.ContinuousBatcher(engines[-1]) if continuous else fb.EngineBatcher(engines[-1])
+
+    async def ask() -> str:
+        batcher = await solver()
+        (completion,) = await batcher.map([batcher.engine.prepare(fb.Prompt("hello"))])
+        return completion.text
+
+    assert [asyncio.run(ask()), asyncio.run(ask())] == ["echo: hello"] * 2
+    assert [engine.closed for engine in engines] == [True, False]
+
+
+# -- Defined anew -----------------------------------------------------------
+
+CELL = """
+@singleton
+async def device() -> Device:
+    return Device()
+"""
+_modules = itertools.count()
+
+
+class Device(Resource):
+    """Says how many there are."""
+
+    alive = most = 0
+
+    async def __aenter__(self) -> Resource:
+        type(self).alive += 1
+        type(self).most = max(self.most, self.alive)
+        return await super().__aenter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.sleep(0)
+        type(self).alive -= 1
+        await super().__aexit__(None, None, None)
+
+
+class Module:
+    """A module of its own, whose text can be executed again as `importlib.reload` and notebooks do it."""
+
+    def __init__(self, **names: object) -> None:
+        class Counted(Device):
+            pass
+
+        self.device = Counted
+        self._names = {"__name__": f"reloaded{next(_modules)}", "singleton": fb.singleton, "Device": Counted, **names}
+
+    def execute(self, text: str = CELL) -> Singleton[[], Any]:
+        exec(compile(text, "cell", "exec"), self._names)  # noqa: S102
+        defined: Singleton[[], Any] = self._names["device"]  # type: ignore[assignment]
+        return defined
+
+
+async def test_what_is_defined_anew_closes_the_old_value_before_it_loads_its_own() -> None:
+    module = Module()
+    former = module.execute()
+    old = await former()
+    latest = module.execute()
+    assert await former() is old  # nobody has asked for the new one
+    new = await latest()
+    assert (old.exited, new.exited, module.device.most) == (1, 0, 1)
+    with pytest.raises(FlyteBatchError, match=r"reloaded\d+\.device was defined anew, .* Use the new one"):
+        await former()
+    assert await latest() is new
+
+
+async def test_of_several_definitions_only_the_last_that_was_called_has_a_value() -> None:
+    module = Module()
+    values = [await module.execute()()]
+    module.execute()  # never called
+    values.append(await module.execute()())
+    assert [value.exited for value in values] == [1, 0]
+    assert module.device.most == 1
+
+
+async def test_a_load_that_is_under_way_when_its_factory_is_defined_anew_is_closed_before_the_new_one_loads() -> None:
+    began, gate = asyncio.Event(), asyncio.Event()
+    module = Module(began=began, gate=gate)
+    slow = CELL.replace("return", "began.set()\n    await gate.wait()\n    return")
+    old = asyncio.create_task(module.execute(slow)())
+    await began.wait()
+    new = asyncio.create_task(module.execute()())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not new.done()
+    gate.set()
+    assert (await new).exited == 0
+    with pytest.raises(FlyteBatchError, match="was defined anew"):
+        await old
+    assert (module.device.alive, module.device.most) == (1, 1)
+
+
+async def test_a_load_that_had_not_begun_when_its_factory_was_defined_anew_does_not_begin() -> None:
+    module = Module()
+    old, new = module.execute(), module.execute()
+    outcomes = await asyncio.gather(old(), new(), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [FlyteBatchError, module.device]
+    assert module.device.most == 1
+
+
+def test_what_is_defined_anew_closes_the_value_of_a_loop_that_is_gone() -> None:
+    module = Module()
+    old = asyncio.run(module.execute()())
+    new = asyncio.run(module.execute()())
+    assert (old.exited, new.exited) == (1, 0)
+
+
+async def test_singletons_that_a_loop_or_a_function_makes_are_no_new_definitions_of_each_other() -> None:
+    module = Module(made=[])
+    indented = CELL.replace("\n", "\n    ")
+    module.execute(f"for _ in range(2):{indented}\n    made.append(device)")
+    one, two = module._names["made"]  # type: ignore[misc]
+
+    def make() -> Singleton[[], Resource]:
+        @fb.singleton
+        async def resource() -> Resource:
+            return Resource()
+
+        return resource
+
+    three, four = make(), make()
+    values = [await each() for each in (one, two, three, four)]
+    assert [value.exited for value in values] == [0] * 4
+    assert [await each() for each in (one, two, three, four)] == values
+
+
+# -- Cancelling -------------------------------------------------------------
+
+
+async def test_a_load_that_raises_a_cancellation_of_its_own_cancels_none_of_its_callers() -> None:
+    attempts: list[int] = []
+
+    @fb.singleton
+    async def resource() -> str:
+        attempts.append(1)
+        if len(attempts) == 1:
+            inner = asyncio.create_task(asyncio.sleep(60))
+            inner.cancel()
+            await inner
+        return "loaded"
+
+    errors = await asyncio.gather(*(resource() for _ in range(3)), return_exceptions=True)
+    assert {type(error) for error in errors} == {FlyteBatchError}
+    assert "resource raised a CancelledError that was not its callers'" in str(errors[0])
+    assert await resource() == "loaded"
+
+
+async def test_a_value_whose_closing_raises_a_cancellation_cancels_no_caller() -> None:
+    class Leaking(Resource):
+        async def __aexit__(self, *_: object) -> None:
+            raise asyncio.CancelledError
+
+    @fb.singleton
+    async def resource() -> Resource:
+        return Leaking()
+
+    dead = await resource()
+    dead.is_running = False
+    assert await resource() is not dead
+    await resource.aclose()
+
+
+async def test_a_load_that_was_cancelled_has_ended_before_the_next_one_begins() -> None:
+    module = Module()
+    begun, cleaning, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    module._names |= {"begun": begun, "cleaning": cleaning, "may_end": may_end, "asyncio": asyncio}
+    device = module.execute("""
+@singleton
+async def device():
+    async with Device() as value:
+        if not may_end.is_set():
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaning.set()
+                await may_end.wait()
+    return Device()
+""")
+    first = asyncio.create_task(device())
+    await begun.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await cleaning.wait()
+    second = asyncio.create_task(device())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert module.device.alive == 1
+    may_end.set()
+    assert (await second).exited == 0
+    assert module.device.most == 1
+
+
+async def test_a_value_that_was_ready_as_its_only_caller_was_cancelled_is_closed() -> None:
+    made: list[Resource] = []
+
+    @fb.singleton
+    async def resource() -> Resource:
+        made.append(Resource())
+        if len(made) == 1:
+            caller.cancel()
+        return made[-1]
+
+    caller = asyncio.create_task(resource())
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert await resource() is made[-1]
+    assert [value.exited for value in made] == [1, 0]
+
+
+async def test_closing_while_a_value_is_being_loaded_closes_that_too() -> None:
+    began, gate = asyncio.Event(), asyncio.Event()
+    made: list[Resource] = []
+
+    @fb.singleton
+    async def resource() -> Resource:
+        began.set()
+        await gate.wait()
+        made.append(Resource())
+        return made[-1]
+
+    caller = asyncio.create_task(resource())
+    await began.wait()
+    closing = asyncio.create_task(resource.aclose())
+    await asyncio.sleep(0)
+    gate.set()
+    await closing
+    assert await caller is await resource() is made[1]  # its caller was not left with a closed one
+    assert [value.exited for value in made] == [1, 0]
+
+
+async def test_a_call_that_came_just_before_everything_was_closed_shares_its_value_with_the_next() -> None:
+    @fb.singleton
+    async def resource() -> Resource:
+        return Resource()
+
+    caller = asyncio.create_task(resource())
+    await asyncio.sleep(0)
+    await resource.aclose()
+    value = await caller
+    assert await resource() is value
+    assert value.exited == 0
+
+
+# -- Replicas ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [59, 61])
+async def test_a_load_that_takes_longer_than_idle_replicas_live_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float
+) -> None:
+    clock = itertools.count(0, seconds)
+    monkeypatch.setattr(singletons.time, "monotonic", lambda: next(clock))
+    for name, value in ReplicaSettings("solver-a10g", idle_ttl_s=60).variable().items():
+        monkeypatch.setenv(name, value)
+
+    @fb.singleton
+    async def resource() -> Resource:
+        return Resource()
+
+    await resource()
+    warned = "61 s to load, and idle replicas of the environment 'solver-a10g' end after 60 s" in caplog.text
+    assert warned == (seconds > 60)
+    assert ("a longer idle_ttl" in caplog.text) == warned
