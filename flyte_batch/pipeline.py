@@ -188,8 +188,8 @@ def _prepare_all(prepare: Callable[[ItemT], Any], items: list[ItemT]) -> list[An
     for item in items:
         try:
             prepared.append(prepare(item))
-        except Exception as error:
-            prepared.append(Failure(item, error, "prepare"))
+        except BaseException as error:
+            prepared.append(Failure(item, _as_failure(error), "prepare"))
     return prepared
 
 
@@ -207,9 +207,18 @@ def _finish_all(
             continue
         try:
             outputs[i] = finish(items[i], result)
-        except Exception as error:
-            outputs[i] = Failure(items[i], error, "finish")
+        except BaseException as error:
+            outputs[i] = Failure(items[i], _as_failure(error), "finish")
     return outputs
+
+
+def _as_failure(error: BaseException) -> Exception:
+    """What fails the item only: a cancellation or an exit that user code raises on a thread is not the run's own."""
+    if isinstance(error, Exception):
+        return error
+    failure = RuntimeError(f"raised {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _outputs(task: asyncio.Task[list[OutT | Failure[ItemT]]]) -> Sequence[OutT | Failure[ItemT]]:

@@ -312,3 +312,22 @@ async def test_prepare_and_finish_see_the_callers_context_on_their_threads() -> 
         return await collect(fb.Pipeline(prepare, Gate(), finish).run([1]))
 
     assert await asyncio.gather(*map(call, "ab")) == [[("1 of a", "a")], [("1 of b", "b")]]
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("stage", ["prepare", "finish"])
+async def test_a_cancellation_or_an_exit_that_a_function_raises_fails_its_item_and_not_the_run(
+    kind: type[BaseException], stage: str
+) -> None:
+    def raising(where: str) -> Callable[..., Any]:
+        def function(item: int, result: int = 0) -> int:
+            if where == stage and item == 1:
+                raise kind("mine")
+            return item
+
+        return function
+
+    pipeline = fb.Pipeline(raising("prepare"), Gate(), raising("finish"), block=2)
+    first, second, third = await collect(pipeline.run(range(3), errors="yield"))
+    assert (first, third, second.item, second.stage) == (0, 2, 1, stage)
+    assert str(second) == f"RuntimeError: raised {kind.__name__}: mine"
