@@ -7,6 +7,7 @@ ends with its longest record, while the slots of all others stand empty; here ea
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -160,6 +161,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._shared_prefix = shared_prefix
         self._watch = LoopWatch(name_of(engine.generate), blocked_loop_warning_s)
         self._call_under_way = object()
+        self._context = contextvars.Context()
         self._budget = float(self._target)
         self._generation = 0  # of the budget: an out-of-memory error halves it once, however many records it hit
         self._cost: float = 0
@@ -249,7 +251,8 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
             self._meter.enter("busy")
         # In its caller's context, so that what the engine logs and traces is the caller's.
         flight.task = asyncio.get_running_loop().create_task(self._generate(flight.record), context=lane.context.copy())
-        flight.task.add_done_callback(lambda task: self._landed(flight, task))
+        # What follows is everybody's: out of memory, or dead, is not the news of the caller whose record found out.
+        flight.task.add_done_callback(lambda task: self._landed(flight, task), context=self._context)
 
     async def _generate(self, record: RecordT) -> Completion:
         call_under_way.set(self._call_under_way)

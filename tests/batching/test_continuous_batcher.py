@@ -668,6 +668,26 @@ async def test_a_record_runs_in_its_own_callers_context():
     assert seen == ["a a", "b b", "c c", "d d"]
 
 
+@pytest.mark.parametrize(("options", "said"), [({"largest_flight": 1}, "out of memory"), ({"dies_after": 0}, "died")])
+async def test_what_concerns_the_whole_engine_is_logged_in_no_callers_context(
+    options: dict[str, int], said: str, caplog: pytest.LogCaptureFixture
+):
+    who = contextvars.ContextVar("who", default="nobody")
+    seen: list[str] = []
+    caplog.handler.addFilter(lambda record: seen.append(f"{record.getMessage()} {who.get()}") or True)
+    device = engine(slots=4, **options)
+    batcher = fb.ContinuousBatcher(device)
+    await batcher.start()
+
+    async def caller(name: str) -> None:
+        who.set(name)
+        await batcher.map(records(device, f"1 {name}", f"2 {name}"), return_exceptions=True)
+
+    await soon(asyncio.gather(*(asyncio.create_task(caller(name)) for name in "ab")))
+    await batcher.aclose()
+    assert [line.split()[-1] for line in seen if said in line] == ["nobody"]
+
+
 async def test_stats_tell_how_many_records_were_in_flight_and_when_there_were_none():
     steps = Steps()
     device = engine(steps, slots=4)
