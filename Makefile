@@ -13,7 +13,7 @@ SEED ?= 2026
 export DO_NOT_TRACK = 1
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-runtime test-vllm lint types check benchmarks train-demo-model clean
+.PHONY: help run test test-runtime reliability test-vllm lint types check benchmarks train-demo-model clean
 help:
 	@sed -n '2,5p' Makefile
 
@@ -28,6 +28,10 @@ test: $(VENV)/installed-dev
 
 test-runtime: $(VENV)/installed-runtime-tests
 	FLYTE_BATCH_RUNTIME_TESTS=1 $(BIN)/python -m pytest tests/runtime
+
+# As test-runtime; writes the table of docs/reliability.md from what it saw.
+reliability: $(VENV)/installed-runtime-tests
+	FLYTE_BATCH_RUNTIME_TESTS=1 FLYTE_BATCH_WRITE_TABLE=1 $(BIN)/python -m pytest tests/runtime
 
 # On two CPU cores about two minutes to install, once, and twelve to run. The last five need no vLLM, but packages that
 # come with it.

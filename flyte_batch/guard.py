@@ -59,6 +59,9 @@ class Guard:
     Args:
         loop: the running loop of this thread.
         replica: the replica that this process is; without one the guard only warns.
+
+    Attributes:
+        thread: where it looks; ends with the loop.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, replica: ReplicaSettings | None) -> None:
@@ -69,7 +72,8 @@ class Guard:
         self._alive = threading.Event()
         self._named: set[str] = set()
         self._ending = False
-        threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True).start()
+        self.thread = threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True)
+        self.thread.start()
 
     def end_replica_soon(self, why: str, grace_s: float = 2.0) -> None:
         """End this process if it is a replica, once its calls had time to say how they failed.

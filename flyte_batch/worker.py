@@ -98,13 +98,13 @@ class _Work:
         return f"chunk {chunk.index} (rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1})"
 
     def how_far(self) -> str:
-        """For a message: ``12 of 200 rows had no answer yet``."""
+        """For a message: ``12 of 200 rows were left``."""
         if self._task is None:
             return "its rows were not read yet"
         if self._use is None:
             return "the model was still loading"
         left = self._task.left
-        return f"{left} of {self._chunk.rows} rows had no answer yet" if left else "its part was being written"
+        return f"{left} of {self._chunk.rows} rows were left" if left else "its part was being written"
 
     def stuck(self) -> str:
         """Why no other call of this process would do better; empty if one may."""

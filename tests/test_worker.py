@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import flyte_batch as fb
+from flyte_batch.data import parts
 from flyte_batch.data.chunks import plan_chunks
 from flyte_batch.data.parts import read_part_info
 from flyte_batch.data.sources import open_source
@@ -37,6 +39,14 @@ def solver_of(*engines: fb.FakeEngine, **options: Any) -> Any:
     @fb.singleton
     async def solver() -> fb.EngineBatcher[Any, Any]:
         return fb.EngineBatcher(left.pop(0), batch_timeout_s=0.001, **options)
+
+    return solver
+
+
+def continuous_solver(answer: Any) -> Any:
+    @fb.singleton
+    async def solver() -> fb.ContinuousBatcher[Any, Any]:
+        return fb.ContinuousBatcher(fb.FakeContinuousEngine(answer))
 
     return solver
 
@@ -281,3 +291,72 @@ async def test_a_conversations_column_that_is_not_there_is_bad_input_before_the_
     chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 2))
     with pytest.raises(fb.BadInput, match="reads column 'messages'; the source has id, question"):
         await fb.infer(chunk, solver_of(), prompt=fb.ChatColumn("messages"))
+
+
+# -- The deadline of a chunk ------------------------------------------------
+
+
+async def never(*_: object) -> Any:
+    await asyncio.Event().wait()
+
+
+async def test_a_chunk_that_takes_too_long_is_given_up_and_its_records_are_taken_back(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    answers = asyncio.Event()
+
+    async def answer(text: str) -> str:
+        if text == "question 0":
+            return "at once"
+        await answers.wait()
+        return "late"
+
+    solver = continuous_solver(answer)
+    with pytest.raises(
+        fb.DeadlineExceeded, match=r"chunk 0 \(rows 0-2\) was not done after 0.2 s: 3 of 3 rows were left"
+    ):
+        await fb.infer(chunk, solver, prompt="{question}", timeout_s=0.2)
+    assert read_part_info(locate(chunk.output).child(chunk.part), chunk) is None
+    batcher = await solver()
+    assert (batcher.stats.running, batcher.stats.queued) == (0, 0)
+    answers.set()
+    assert (await fb.infer(chunk, solver, prompt="{question}", timeout_s=60)).failures == 0
+
+
+async def test_the_deadline_says_what_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    with pytest.raises(fb.DeadlineExceeded, match="the model was still loading"):
+        await fb.infer(chunk, fb.singleton(never), prompt="{question}", timeout_s=0.2)
+    release = threading.Event()
+    monkeypatch.setattr(parts, "write_part", lambda *_: release.wait(20))
+    with pytest.raises(fb.DeadlineExceeded, match="its part was being written"):
+        await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", timeout_s=1)
+    release.set()
+
+
+async def test_a_timeout_of_the_users_own_is_not_taken_for_the_deadline(tmp_path: Path) -> None:
+    async def load() -> Any:
+        raise TimeoutError("the hub does not answer")
+
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    with pytest.raises(TimeoutError, match="the hub does not answer") as raised:
+        await fb.infer(chunk, fb.singleton(load), prompt="{question}", timeout_s=60)
+    assert not isinstance(raised.value, fb.DeadlineExceeded)
+
+
+async def test_a_cancelled_chunk_is_cancelled_whatever_its_deadline(tmp_path: Path) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    solver = continuous_solver(never)
+    call = asyncio.create_task(fb.infer(chunk, solver, prompt="{question}", timeout_s=60))
+    batcher = await solver()
+    while batcher.stats.running < 3:  # noqa: ASYNC110 - the batcher tells nobody
+        await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1.0])
+async def test_a_deadline_that_is_over_before_it_begins_is_refused(tmp_path: Path, timeout_s: float) -> None:
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
+    with pytest.raises(ValueError, match="timeout_s must be positive"):
+        await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", timeout_s=timeout_s)

@@ -31,9 +31,10 @@ class Job:
         problems = [{"question": p.question, "answer": p.answer} for p in generate(ROWS, 31)]
         self.source = write_jsonl(folder / "in.jsonl", problems)
 
-    async def start(self) -> Run:
+    async def start(self, **options: object) -> Run:
+        """Start the workflow; ``options`` are further ones of its ``main``."""
         return await self.cluster.start(
-            workflow.main, self.bundle, source=self.source, output=str(self.output), chunk_size=CHUNK_ROWS
+            workflow.main, self.bundle, source=self.source, output=str(self.output), chunk_size=CHUNK_ROWS, **options
         )
 
     def parts(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.runtime.jobs import SLOW, Job, lost
+import flyte_batch as fb
+from tests.runtime.jobs import CHUNK_ROWS, ROWS, SLOW, Job, lost
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster, Run
 
 
+@pytest.mark.fault(
+    "the executor of a replica is killed (SIGKILL)",
+    "its calls, and no others, are tried again; a new replica takes its place",
+)
 async def test_an_executor_that_is_killed_costs_only_its_calls_and_a_new_replica_takes_its_place(job: Job) -> None:
     run = await job.start()
     replicas = await job.half_done(run)
@@ -33,6 +39,10 @@ async def test_an_executor_that_is_killed_costs_only_its_calls_and_a_new_replica
     assert len(await job.cluster.pools["generate-cpu"].up()) == 2
 
 
+@pytest.mark.fault(
+    "the bridge of a replica is terminated (SIGTERM, as by an eviction)",
+    "its calls, and no others, are tried again; no executor is left behind",
+)
 async def test_a_bridge_that_is_terminated_costs_only_its_calls_and_leaves_no_executor(job: Job) -> None:
     run = await job.start()
     victim = (await job.half_done(run))[0]
@@ -44,6 +54,10 @@ async def test_a_bridge_that_is_terminated_costs_only_its_calls_and_leaves_no_ex
         os.kill(executor, 0)
 
 
+@pytest.mark.fault(
+    "both replicas are killed at once",
+    "two new ones take their place, and the run goes on",
+)
 async def test_both_replicas_killed_at_once_are_replaced_and_the_run_ends_well(job: Job) -> None:
     run = await job.start()
     for replica in await job.half_done(run):
@@ -52,6 +66,10 @@ async def test_both_replicas_killed_at_once_are_replaced_and_the_run_ends_well(j
     assert len(job.cluster.pools["generate-cpu"].ended) == 2
 
 
+@pytest.mark.fault(
+    "the driver is killed, and the run repeated",
+    "finished chunks are kept untouched, the rest is done",
+)
 async def test_a_driver_that_is_killed_is_run_again_and_finished_chunks_are_kept(job: Job) -> None:
     run = await job.start()
     await job.half_done(run)
@@ -67,6 +85,10 @@ async def test_a_driver_that_is_killed_is_run_again_and_finished_chunks_are_kept
     assert summary.chunks_reused >= len(done) >= 6
 
 
+@pytest.mark.fault(
+    "a replica is frozen (SIGSTOP) for a while",
+    "its chunks wait, the others go on; when it wakes up it goes on",
+)
 async def test_a_frozen_replica_holds_up_its_own_chunks_only_until_it_goes_on(job: Job) -> None:
     run = await job.start()
     frozen, other = await job.half_done(run)
@@ -119,6 +141,29 @@ async def infer(chunk, job):
 """
 
 
+POISON = 321
+"""Number of the row that does harm. It comes in a batch with others."""
+
+POISONED = """
+import os
+from flyte_batch.errors import EngineDead
+_poisonous = []
+_prepare = _Engine.prepare
+def _noting(self, prompt):
+    record = _prepare(self, prompt)
+    if prompt.seed == 321:
+        _poisonous.append(record.ids)
+    return record
+_Engine.prepare = _noting
+_harmless = _Engine.infer
+async def _poisoned(self, batch):
+    if any(record.ids in _poisonous for record in batch):
+        {poison}
+    return await _harmless(self, batch)
+_Engine.infer = _poisoned
+"""
+
+
 class Broken:
     """Makes a `Job` in whose bundle a statement is executed once, in the task or in the engine's ``infer``."""
 
@@ -126,12 +171,13 @@ class Broken:
         self._make = make
         self.flag = folder / "broken"
 
-    async def run(self, where: str, what: str) -> tuple[Job, Run]:
-        fault = FAULT.format(where=where, what=what, flag=str(self.flag))
-        job = self._make(SLOW + fault)
-        run = await job.start()
+    async def run(self, where: str, what: str, more: str = "", **options: object) -> tuple[Job, Run]:
+        """Break at a place once; ``more`` is further code, ``options`` are the workflow's."""
+        fault = FAULT.format(where=where, what=what, flag=str(self.flag)) if where else ""
+        job = self._make(SLOW + fault + more)
+        run = await job.start(**options)
         await run.ended()
-        assert self.flag.exists(), f"nothing was broken: {run.log}"
+        assert self.flag.exists() or not where, f"nothing was broken: {run.log}"
         return job, run
 
 
@@ -145,6 +191,10 @@ def broken(
     return Broken(lambda fault: Job(cluster, generate_bundle(fault), tmp_path, record_property), tmp_path)
 
 
+@pytest.mark.fault(
+    "the engine dies",
+    "it is built anew within the call; nothing is tried again",
+)
 async def test_an_engine_that_dies_is_built_anew_and_no_call_is_lost(broken: Broken) -> None:
     job, run = await broken.run("engine", "raise EngineDead('the device is gone')")
     job.check(await run.result())
@@ -153,14 +203,128 @@ async def test_an_engine_that_dies_is_built_anew_and_no_call_is_lost(broken: Bro
     assert sum("building the engine anew" in log for log in logs) == 1
 
 
-async def test_code_that_blocks_the_loop_only_takes_its_time(broken: Broken) -> None:
+@pytest.mark.fault(
+    "the task's code blocks the event loop for 3 s",
+    "its replica's calls wait; the log names function, file and line; nothing is tried again",
+)
+async def test_code_that_blocks_the_loop_is_named_and_only_takes_its_time(broken: Broken) -> None:
     job, run = await broken.run("task", "time.sleep(3)")
+    job.check(await run.result())
+    assert lost(run) == []
+    log = "".join(replica.log for replica in job.cluster.pools["generate-cpu"].replicas)
+    assert re.search(r"has stood still for \d\.\d s in infer \(workflows/generate.py\), line \d+", log)
+    assert re.search(r"infer \(workflows/generate.py\) let the event loop go after [23]\.\d s", log)
+
+
+SHORT_LIMIT = """
+import dataclasses as _dataclasses, os as _os
+from flyte_batch.replica import this_replica as _this_replica
+if _this_replica() is not None:
+    _os.environ.update(_dataclasses.replace(_this_replica(), stall_limit_s=3).variable())
+"""
+
+
+@pytest.mark.fault(
+    "the task's code blocks the event loop for ever",
+    "after stall_limit_s its replica names the code and ends itself; its calls are tried again on others",
+)
+async def test_a_replica_whose_loop_is_blocked_for_ever_ends_itself(broken: Broken) -> None:
+    job, run = await broken.run("task", "while True: time.sleep(0.1)", more=SHORT_LIMIT)
+    job.check(await run.result())
+    (ended,) = job.cluster.pools["generate-cpu"].ended
+    assert {attempt.where for attempt in lost(run)} == {ended.worker.id}
+    assert re.search(
+        r"stood still for [34] s in infer \(workflows/generate.py\), line \d+: this replica ends", ended.log
+    )
+
+
+@pytest.mark.fault(
+    "the engine hangs",
+    "after chunk_timeout_s its chunks are given up, with what was left; the replica ends itself, others take over",
+)
+async def test_an_engine_that_hangs_is_given_up_at_the_deadline_with_its_replica(broken: Broken) -> None:
+    job, run = await broken.run("engine", "await asyncio.Event().wait()", chunk_timeout_s=8.0)
+    job.check(await run.result())
+    (ended,) = job.cluster.pools["generate-cpu"].ended
+    assert {attempt.where for attempt in lost(run)} == {ended.worker.id}
+    told = [str(attempt.error) for attempt in lost(run) if "DeadlineExceeded" in str(attempt.error)]
+    assert told
+    assert all(
+        re.search(r"chunk \d+ \(rows \d+-\d+\) was not done after 8 s: 25 of 25 rows were left", each) for each in told
+    )
+    assert "the engine gave nobody an answer for 8 s: this replica ends itself" in ended.log
+
+
+@pytest.mark.fault("importing the workflow takes 4 s", "the first calls wait for it; nothing is tried again")
+async def test_a_slow_import_costs_its_time_and_nothing_else(broken: Broken) -> None:
+    job, run = await broken.run("", "pass", more="import time as _time; _time.sleep(4)")
     job.check(await run.result())
     assert lost(run) == []
 
 
-@pytest.mark.parametrize("what", ["sys.exit(3)", "raise KeyboardInterrupt", "raise asyncio.CancelledError"])
-@pytest.mark.parametrize("where", ["task", "engine"])
+@pytest.mark.fault(
+    "a row that the engine can't compute", "it fails alone, with the engine's words in its column 'error'"
+)
+async def test_a_poison_row_fails_alone_and_its_error_is_named(broken: Broken) -> None:
+    poison = f"raise RuntimeError('the device says no to row {POISON}')"
+    job, run = await broken.run("engine", "pass", more=POISONED.format(poison=poison))
+    job.check(await run.result(), failures=1)
+    assert lost(run) == []
+    table = fb.read_output(str(job.output)).to_pylist()
+    assert [i for i, row in enumerate(table) if row["error"] is not None] == [POISON]
+    assert table[POISON]["error"] == f"RuntimeError: the device says no to row {POISON}"
+
+
+@pytest.mark.parametrize(
+    ("poison", "told"),
+    [
+        pytest.param(
+            "raise EngineDead('the device is gone')", "EngineDead: the device is gone",
+            marks=pytest.mark.fault(
+                "a chunk that kills its engine each time, then is mended",
+                "it fails, and chunks that shared an engine with it each time; the next run does only these",
+            ),
+        ),
+        pytest.param(
+            "os._exit(1)", "LOST",
+            marks=pytest.mark.fault(
+                "a chunk that kills its replica each time, then is mended",
+                "it fails, and chunks that shared a replica with it each time; the next run does only these",
+            ),
+        ),
+    ],
+)  # fmt: skip
+async def test_a_poison_chunk_fails_by_name_and_is_done_once_it_is_mended(
+    broken: Broken, job: Job, poison: str, told: str
+) -> None:
+    _, run = await broken.run("", "pass", more=POISONED.format(poison=poison))
+    assert run.phase == "FAILED"
+    assert run.error.startswith("ChunkFailed: ")
+    assert told in run.error
+    done = job.parts()
+    failed = [action for action in run.children if action.phase != "SUCCEEDED"]
+    assert len(done) == ROWS // CHUNK_ROWS - len(failed)
+    assert not any(f"-{POISON - POISON % CHUNK_ROWS:012d}-" in name for name in done)
+    again = await job.start()
+    summary = await again.result()
+    job.check(summary)
+    assert summary.chunks_reused == len(done)
+    assert {name: job.parts()[name] for name in done} == done
+
+
+UNCATCHABLE = [
+    pytest.param(
+        where,
+        what,
+        id=f"{what}-{where}",
+        marks=pytest.mark.fault(f"`{what}` in the {where}", "its replica's calls are tried again, at worst"),
+    )
+    for where in ("task", "engine")
+    for what in ("sys.exit(3)", "raise KeyboardInterrupt", "raise asyncio.CancelledError")
+]
+
+
+@pytest.mark.parametrize(("where", "what"), UNCATCHABLE)
 async def test_what_no_except_clause_catches_costs_attempts_but_no_row(broken: Broken, where: str, what: str) -> None:
     job, run = await broken.run(where, what)
     job.check(await run.result())
