@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flyte_batch.engines.fake import FakeContinuousEngine as FakeContinuousEngine
     from flyte_batch.engines.fake import FakeEngine as FakeEngine
     from flyte_batch.engines.vllm import VLLMEngine as VLLMEngine
+    from flyte_batch.environments import check_environment as check_environment
     from flyte_batch.environments import driver_environment as driver_environment
     from flyte_batch.environments import replica_environment as replica_environment
     from flyte_batch.environments import require_shared as require_shared
@@ -68,7 +69,9 @@ _HOMES = {
     "engines.ctranslate2": ("CTranslate2Engine",),
     "engines.fake": ("FakeContinuousEngine", "FakeEngine"),
     "engines.vllm": ("VLLMEngine",),
-    "environments": ("driver_environment", "replica_environment", "require_shared", "runs_here", "slots"),
+    "environments": (
+        "check_environment", "driver_environment", "replica_environment", "require_shared", "runs_here", "slots",
+    ),
     "errors": (
         "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",
         "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",

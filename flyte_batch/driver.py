@@ -7,6 +7,7 @@ A run's way: `open_source` and `Output.open` (everything that can be wrong is fo
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -18,9 +19,12 @@ from flyte_batch.errors import BadInput, ChunkFailed, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.progress import Progress
+from flyte_batch.replica import check_driver
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_FAILURE_RATE = 0.5
 FEWEST_ROWS_FOR_DEFAULT_RATE = 100
@@ -100,6 +104,9 @@ async def run(
         retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output made with other settings instead of refusing.
 
+    Logs a warning if the chunks of a replica's slots together hold fewer rows than a full batch, or if the driver takes
+    a slot of the replicas that it waits for.
+
     Raises:
         BadInput: something given cannot work; nothing was started.
         ChunkFailed: chunks failed. The others are committed: run again to do only these.
@@ -110,6 +117,7 @@ async def run(
 
     started = time.monotonic()
     _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit)
+    check_driver(run_chunk)
     left_out = [name for name in required_columns if columns is not None and name not in columns]
     if left_out:
         raise BadInput(f"the prompt reads {left_out[0]!r}, which --columns leaves out: add it, or leave --columns out")
@@ -128,6 +136,7 @@ async def run(
     progress = Progress(rows, done=sum(part.rows for part in parts.values()), failures=failures)
     if parts:
         progress.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
+    _warn_if_starving(size, rows - progress.done, replicas, concurrency, batch_rows)
     failed: list[tuple[Chunk, Exception]] = []
     devices: list[DeviceUse] = []
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
@@ -245,6 +254,17 @@ def _check(
         if value is not None and value < 1:
             remedy = "; leave it out to have it planned" if name == "chunk_size" else ""
             raise BadInput(f"{name} must be at least 1, got {value}{remedy}")
+
+
+def _warn_if_starving(size: int, rows: int, replicas: int, concurrency: int, batch_rows: int) -> None:
+    """Warn if a replica is given fewer rows at once than a full batch and than its share of what is left to do."""
+    together = size * concurrency
+    if together < min(batch_rows, -(-rows // replicas)):
+        logger.warning(
+            "chunks of %d rows x concurrency %d give a replica %d rows at once, fewer than the %d (batch_rows) of a "
+            "full batch: its device will wait. Raise chunk_size to %d or the replicas' concurrency to %d",
+            size, concurrency, together, batch_rows, -(-batch_rows // concurrency), -(-batch_rows // size),
+        )  # fmt: skip
 
 
 def _name(error: Exception) -> str:

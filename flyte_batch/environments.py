@@ -8,20 +8,33 @@ out; it depends on the replica environments that it calls.
 from __future__ import annotations
 
 import difflib
+import functools
+import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import flyte
 
 import flyte_batch
 from flyte_batch.errors import BadInput
-from flyte_batch.replica import DEFAULT_STALL_LIMIT_S, ReplicaSettings
+from flyte_batch.replica import (
+    DEFAULT_STALL_LIMIT_S,
+    VARIABLE,
+    ReplicaSettings,
+    check_own_slots,
+    environments_called,
+)
 
 DEFAULT_CONCURRENCY = 10
 DEFAULT_IDLE_TTL_S = 300
+DEFAULT_SCALEDOWN_TTL_S = 30
 
 _PACKAGE = Path(flyte_batch.__file__).parent
+
+logger = logging.getLogger(__name__)
 
 
 def _include() -> tuple[str, ...]:
@@ -49,6 +62,8 @@ def replica_environment(
     replicas: int | tuple[int, int] = (1, 2),
     concurrency: int = DEFAULT_CONCURRENCY,
     idle_ttl: int = DEFAULT_IDLE_TTL_S,
+    scaledown_ttl: int = DEFAULT_SCALEDOWN_TTL_S,
+    scope: Literal["global", "run"] = "global",
     stall_limit_s: float = DEFAULT_STALL_LIMIT_S,
     env_vars: dict[str, str] | None = None,
     secrets: Any = None,
@@ -64,11 +79,15 @@ def replica_environment(
         disk: such as ``"50Gi"``; models from Hugging Face land on it.
         shm: shared memory, such as ``"8Gi"``; several GPUs of one engine talk through it, and a container has 64 MiB
             of its own. ``"auto"`` bounds it by the container's memory.
-        replicas: how many containers: a fixed number, or (fewest, most) to scale between.
+        replicas: how many containers: a fixed number, or (fewest, most) to scale between; 0 as the fewest keeps none
+            while there is nothing to do.
         concurrency: chunks that one replica takes at once. They share the engine, so several are needed to fill it:
             while one chunk is read or written, the others keep the device busy.
         idle_ttl: seconds (at least 30) until an idle environment shuts down; longer than a model's load, or every run
             starts cold.
+        scaledown_ttl: seconds (at least 30) until a replica that is idle while others work is removed, down to the
+            fewest.
+        scope: ``"global"`` shares the replicas among runs, ``"run"`` gives every run its own, which start cold.
         stall_limit_s: a replica whose event loop or whose engine stood still for so many seconds ends itself, so that a
             sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
             blocks the loop.
@@ -77,6 +96,8 @@ def replica_environment(
 
     Raises:
         ValueError: a number or a GPU that cannot work, named with its remedy.
+
+    Logs a warning about an image that lacks ``unionai-reuse``.
     """
     fewest, most = (replicas, replicas) if isinstance(replicas, int) else replicas
     if most < 1 or fewest < 0 or fewest > most:
@@ -87,15 +108,19 @@ def replica_environment(
     if stall_limit_s <= 0:
         raise ValueError(f"stall_limit_s must be positive, got {stall_limit_s}")
     settings = ReplicaSettings(name, gpu, most, concurrency, idle_ttl, stall_limit_s)
-    return flyte.TaskEnvironment(
+    environment = flyte.TaskEnvironment(
         name=name,
         image=image,
         resources=flyte.Resources(cpu=cpu, memory=memory, gpu=gpu, disk=disk, shm=shm),  # type: ignore[arg-type]
-        reusable=flyte.ReusePolicy(replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl),
+        reusable=flyte.ReusePolicy(
+            replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl, scaledown_ttl=scaledown_ttl, scope=scope
+        ),
         env_vars={**(env_vars or {}), **settings.variable()},
         secrets=secrets,
         include=_include(),
     )
+    check_environment(environment)
+    return environment
 
 
 def _require_known_gpu(gpu: str | int | None) -> None:
@@ -149,13 +174,99 @@ def slots(environment: flyte.TaskEnvironment) -> tuple[int, int]:
     """(most replicas, chunks per replica) of a replica environment: how wide a driver may fan out.
 
     Raises:
-        ValueError: the environment's containers are not reused.
+        BadInput: the environment cannot work, see `check_environment`.
     """
-    policy = environment.reusable
+    policy = check_environment(environment)
+    return policy.max_replicas, policy.concurrency
+
+
+def check_environment(environment: flyte.TaskEnvironment) -> flyte.ReusePolicy:
+    """Refuse an environment of reused containers that cannot work; log a warning about what seldom does.
+
+    For any environment with a `flyte.ReusePolicy`, whether `replica_environment` made it or not, best called after its
+    tasks are declared: `slots` does. What Flyte refuses at the declaration is not looked at again (docs/replicas.md).
+
+    Returns:
+        How its containers are reused.
+
+    Raises:
+        BadInput: its containers are not reused, it may have none, its only slot is taken by a task that waits for
+            another one of it, or a task asks for other containers than the environment's.
+    """
+    name, policy = environment.name, environment.reusable
     if policy is None:
-        raise ValueError(f"environment {environment.name!r} has no ReusePolicy; make it with replica_environment()")
-    most = policy.replicas[1] if isinstance(policy.replicas, tuple) else policy.replicas
-    return most, policy.concurrency
+        raise BadInput(f"environment {name!r} has no ReusePolicy; make it with replica_environment()")
+    if policy.max_replicas < 1:
+        raise BadInput(f"environment {name!r} may have no replica at all: raise the most of replicas={policy.replicas}")
+    for task in environment.tasks.values():
+        if task.reusable is not None and (task.resources, task.reusable) != (environment.resources, policy):
+            raise BadInput(
+                f"task {task.name!r} asks for other containers than its environment, whose resources or ReusePolicy "
+                "changed after the task: give them when the environment is made, one environment for each kind"
+            )
+        if name in environments_called(getattr(task, "func", None)):
+            check_own_slots(f"task {task.name!r}", name, policy.max_replicas * policy.concurrency)
+    _check_variable(environment, policy)
+    if _surely_lacks_reuse(environment.image):
+        _warn_once(
+            f"the image of environment {name!r} installs no unionai-reuse, without which no replica starts on a "
+            "cluster: add .with_pip_packages('unionai-reuse'), or take an image of images/"
+        )
+    return policy
+
+
+def _check_variable(environment: flyte.TaskEnvironment, policy: flyte.ReusePolicy) -> None:
+    """Warn if replicas would be told wrong things about themselves."""
+    text = (environment.env_vars or {}).get(VARIABLE)
+    told = ReplicaSettings(**json.loads(text)) if text else None
+    right = environment.name, policy.max_replicas, policy.concurrency
+    if told is not None and (told.environment, told.replicas, told.concurrency) != right:
+        _warn_once(
+            f"environment {environment.name!r} tells its replicas by {VARIABLE} that they are of {told.environment!r}, "
+            f"{told.replicas} x {told.concurrency} slots: make it with replica_environment(), not with clone_with()"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+_FLYTES_BASE = re.compile(r"(ghcr\.io/flyteorg/flyte|python):")
+_BRINGS_REUSE = re.compile(r"(unionai[-_.]reuse|flyte[-_.]batch)(?!\w)", re.IGNORECASE)
+_BRINGS_ANYTHING = re.compile(r"\binstall\b|\.whl\b|://|^\s*(-r|-e|--req|--edit|\.|/)", re.MULTILINE)
+
+
+def _surely_lacks_reuse(image: flyte.Image | str | None) -> bool:
+    """Whether ``unionai-reuse`` is surely missing: the image is Flyte's own, and nothing that is added brings it.
+
+    Flyte's own holds Flyte and no more, and is what ``"auto"`` means unless a configuration names another one. An
+    address, a Dockerfile, another base, and commands that install something can't be looked into: nothing is said.
+    """
+    if not isinstance(image, flyte.Image):
+        return image == "auto"
+    if image.dockerfile or image._ref_name or not _FLYTES_BASE.match(image.base_image or ""):
+        return False
+    return not any(_may_bring_reuse(layer) for layer in image._layers)
+
+
+def _may_bring_reuse(layer: Any) -> bool:
+    """Whether a layer of an image may install ``unionai-reuse``."""
+    if hasattr(layer, "wheel_dir"):  # what wheels require is inside of them
+        return True
+    names = [name for field in ("packages", "commands", "lines") for name in getattr(layer, field, None) or ()]
+    files = {field: getattr(layer, field) for field in _FILES if getattr(layer, field, None)}
+    try:
+        texts = {field: Path(file).read_text() for field, file in files.items()}
+    except OSError:
+        return True
+    if _BRINGS_ANYTHING.search("\n".join([*names, texts.get("file", "")])):
+        return True
+    return any(_BRINGS_REUSE.search(text) for text in (*names, *texts.values()))
+
+
+_FILES = ("file", "pyproject", "uvlock", "poetry_lock", "manifest", "pixi_lock", "script")
+"""Attributes of Flyte's layers: files that say what is installed. The first is pip's, which may name others."""
 
 
 def runs_here() -> bool:
@@ -167,6 +278,8 @@ def runs_here() -> bool:
 def require_shared(**paths: str) -> None:
     """Refuse paths that the containers of a cluster do not share; in local mode everything is on one machine.
 
+    A ``file://`` URI is taken as the user's word that all containers have the same disk there.
+
     Args:
         paths: the option's name and its path.
 
@@ -176,8 +289,8 @@ def require_shared(**paths: str) -> None:
     if runs_here():
         return
     for option, path in paths.items():
-        if "://" not in path or path.startswith("file://"):
+        if "://" not in path:
             raise BadInput(
                 f"--{option} {path} lies on one container's own disk: on a cluster name a path that all of them reach, "
-                "such as s3://bucket/folder"
+                "such as s3://bucket/folder, or file:///mnt/folder if all of them mount the same disk there"
             )

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines": {"cores", "demo", "processes"},
     "batching": {"engines"},
     "worker": {"batching", "data", "engines", "guard", "pipeline", "prompts"},
-    "driver": {"data", "planning", "fingerprint", "progress"},
+    "driver": {"data", "planning", "fingerprint", "progress", "replica"},
 }
 
 

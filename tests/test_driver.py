@@ -166,6 +166,42 @@ async def test_options_that_cannot_work_are_refused_before_a_chunk_starts(
     assert worker.chunks == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "warned"),
+    [
+        (400, {"chunk_size": 10, "concurrency": 4, "batch_rows": 64}, True),
+        (400, {"chunk_size": 16, "concurrency": 4, "batch_rows": 64}, False),
+        (400, {"chunk_size": 10, "concurrency": 7, "batch_rows": 64}, False),
+        (40, {"chunk_size": 10, "concurrency": 4, "batch_rows": 64}, False),  # there is no more
+        (80, {"chunk_size": 10, "concurrency": 4, "batch_rows": 64, "replicas": 2}, False),  # nor a replica's share
+        (400, {"concurrency": 4, "batch_rows": 64}, False),  # planned
+    ],
+)
+async def test_chunks_that_cannot_fill_a_batch_are_warned_about_with_the_size_that_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: int, options: dict[str, Any], warned: bool
+) -> None:
+    await go(questions(tmp_path / "in.jsonl", rows), tmp_path / "out", Worker(), **options)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "flyte_batch.driver"]
+    expected = (
+        "chunks of 10 rows x concurrency 4 give a replica 40 rows at once, fewer than the 64 (batch_rows) of a full "
+        "batch: its device will wait. Raise chunk_size to 16 or the replicas' concurrency to 7"
+    )
+    assert warnings == ([expected] if warned else [])
+
+
+async def test_the_last_rows_of_a_run_that_is_resumed_are_no_reason_to_warn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, worker = questions(tmp_path / "in.jsonl", 400), Worker()
+    worker.fail = {39}
+    options = {"chunk_size": 10, "concurrency": 4, "batch_rows": 64}
+    with pytest.raises(fb.ChunkFailed):
+        await go(source, tmp_path / "out", worker, **options)
+    caplog.clear()
+    await go(source, tmp_path / "out", Worker(), **options)
+    assert [record for record in caplog.records if record.name == "flyte_batch.driver"] == []
+
+
 async def test_29_of_100_failed_rows_are_not_more_than_a_rate_of_0_29(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"question": None if i < 29 else "x"} for i in range(100)])
     assert (await go(source, tmp_path / "out", Worker(), max_failure_rate=0.29)).failures == 29
