@@ -31,12 +31,14 @@ class Replica:
         worker: the scheduler's side of it.
         folder: where the code bundle is unpacked.
         log_file: what the bridge and the executor print.
+        ends_with_bridge: the bridge is the container's first process, with which all others end.
     """
 
     def __init__(self, worker: Worker, folder: Path) -> None:
         self.worker = worker
         self.folder = folder / "code"
         self.log_file = folder / "log.txt"
+        self.ends_with_bridge = True
         self.folder.mkdir(parents=True)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -78,7 +80,8 @@ class Replica:
         """Wait for the bridge's end. With a container's first process end all others: the kernel kills them."""
         await self.process.wait()
         self.worker.lose()
-        self._kill_group()
+        if self.ends_with_bridge:
+            self._kill_group()
 
     async def stop(self) -> None:
         if self._process is not None:

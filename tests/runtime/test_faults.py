@@ -18,6 +18,8 @@ from tests.runtime.jobs import CHUNK_ROWS, ROWS, SLOW, Job, lost
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster, Run
 
+psutil = pytest.importorskip("psutil", reason="make test-runtime")
+
 
 @pytest.mark.fault(
     "the executor of a replica is killed (SIGKILL)",
@@ -50,8 +52,38 @@ async def test_a_bridge_that_is_terminated_costs_only_its_calls_and_leaves_no_ex
     victim.terminate_bridge()
     job.check(await run.result())
     assert {attempt.where for attempt in lost(run)} == {victim.worker.id}
-    with pytest.raises(ProcessLookupError):
-        os.kill(executor, 0)
+    assert not psutil.pid_exists(executor)
+
+
+WITH_A_CHILD = """
+import subprocess
+_childless = _Engine.start
+async def _start(*args, **kwargs):
+    subprocess.Popen(["sleep", "600"])  # what an engine of several processes starts, and what would keep the GPU
+    return await _childless(*args, **kwargs)
+_Engine.start = _start
+"""
+
+
+@pytest.mark.fault(
+    "the bridge of a replica is killed, and its container lives on",
+    "its executor ends itself and the processes of its engine; its calls are tried again",
+)
+async def test_no_orphan_of_a_killed_bridge_keeps_the_device(broken: Broken) -> None:
+    job = broken.job(WITH_A_CHILD)
+    run = await job.start()
+    victim = (await job.half_done(run))[0]
+    victim.ends_with_bridge = False
+    executor = psutil.Process(victim.executor())
+    orphans = [executor, *executor.children()]
+    assert [orphan.name() for orphan in orphans[1:]] == ["sleep"]
+    victim.process.kill()
+    while any(orphan.is_running() and orphan.status() != "zombie" for orphan in orphans):
+        assert victim.worker.calls == {} or not run.phase
+        await asyncio.sleep(0.01)
+    assert "nobody hears of its calls any more: this replica ends itself" in victim.log
+    job.check(await run.result())
+    assert {attempt.where for attempt in lost(run)} == {victim.worker.id}
 
 
 @pytest.mark.fault(
@@ -171,10 +203,14 @@ class Broken:
         self._make = make
         self.flag = folder / "broken"
 
+    def job(self, code: str) -> Job:
+        """A job with this code at the end of its workflow."""
+        return self._make(SLOW + code)
+
     async def run(self, where: str, what: str, more: str = "", **options: object) -> tuple[Job, Run]:
         """Break at a place once; ``more`` is further code, ``options`` are the workflow's."""
         fault = FAULT.format(where=where, what=what, flag=str(self.flag)) if where else ""
-        job = self._make(SLOW + fault + more)
+        job = self.job(fault + more)
         run = await job.start(**options)
         await run.ended()
         assert self.flag.exists() or not where, f"nothing was broken: {run.log}"
