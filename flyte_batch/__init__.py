@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from flyte_batch.errors import FlyteBatchError as FlyteBatchError
     from flyte_batch.errors import QueueFull as QueueFull
     from flyte_batch.errors import TooManyFailures as TooManyFailures
+    from flyte_batch.model_store import PrefetchedModel as PrefetchedModel
+    from flyte_batch.model_store import prefetch as prefetch
     from flyte_batch.pipeline import Failure as Failure
     from flyte_batch.pipeline import Pipeline as Pipeline
     from flyte_batch.prompts import ChatColumn as ChatColumn
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from flyte_batch.records import StructuredOutput as StructuredOutput
     from flyte_batch.records import TokenEstimator as TokenEstimator
     from flyte_batch.singletons import singleton as singleton
+    from flyte_batch.warming import waking_replicas as waking_replicas
+    from flyte_batch.warming import warm_up as warm_up
     from flyte_batch.worker import infer as infer
 
 _HOMES = {
@@ -76,12 +80,14 @@ _HOMES = {
         "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",
         "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",
     ),
+    "model_store": ("PrefetchedModel", "prefetch"),
     "pipeline": ("Failure", "Pipeline"),
     "prompts": ("ChatColumn", "PromptTemplate"),
     "records": (
         "Chat", "Completion", "CostEstimator", "Prompt", "SamplingParameters", "StructuredOutput", "TokenEstimator",
     ),
     "singletons": ("singleton",),
+    "warming": ("waking_replicas", "warm_up"),
     "worker": ("infer",),
 }  # fmt: skip
 _MODULE_OF = {name: f"flyte_batch.{module}" for module, names in _HOMES.items() for name in names}

@@ -127,6 +127,12 @@ async def infer(chunk: fb.Chunk, job_json: str) -> fb.ChunkReport:
     )
 
 
+async def wake(job_json: str) -> None:
+    """Load the replica's engine, for chunks that are still to come."""
+    job = Job.from_json(job_json)
+    await fb.warm_up(lambda: solver(job.choice, job.sampling, job.engine_options))
+
+
 @cpu_replicas.task(retries=RETRIES)
 async def infer_chunk(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a CPU replica."""
@@ -137,6 +143,18 @@ async def infer_chunk(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
 async def infer_chunk_on_gpu(chunk: fb.Chunk, job: str) -> fb.ChunkReport:
     """`infer` on a GPU replica."""
     return await infer(chunk, job)
+
+
+@cpu_replicas.task
+async def wake_cpu(job: str) -> None:
+    """`wake` a CPU replica."""
+    await wake(job)
+
+
+@gpu_replicas.task
+async def wake_gpu(job: str) -> None:
+    """`wake` a GPU replica."""
+    await wake(job)
 
 
 @driver.task
@@ -163,6 +181,7 @@ async def main(
     max_failure_rate: float | None = None,
     retry_failures: bool = False,
     overwrite: bool = False,
+    warm_up: bool = False,
 ) -> fb.RunSummary:
     """Answer every row of a dataset.
 
@@ -191,6 +210,8 @@ async def main(
             at least 100 rows.
         retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output that was made with another model, prompt or parameter.
+        warm_up: on a cluster, let replicas load the model while the source is still opened and planned: before its
+            faults are found, and also if it turns out that nothing is left to do.
 
     Returns:
         Rows, failures, tokens, seconds, utilization and the output's path.
@@ -225,20 +246,22 @@ async def main(
     async def run_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
         return await task(chunk, job_json)
 
-    return await fb.run(
-        source,
-        output,
-        run_chunk,
-        settings=job.settings,
-        code_version=fingerprint(infer),
-        columns=[name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None,
-        required_columns=job.prompt.columns,
-        limit=limit,
-        chunk_size=chunk_size,
-        replicas=most_replicas,
-        concurrency=concurrency,
-        batch_rows=BATCH_ROWS,
-        max_failure_rate=max_failure_rate,
-        retry_failures=retry_failures,
-        overwrite=overwrite,
-    )
+    wake_one = wake_gpu if replicas is gpu_replicas else wake_cpu
+    async with fb.waking_replicas(lambda: wake_one(job_json), most_replicas if warm_up and not fb.runs_here() else 0):
+        return await fb.run(
+            source,
+            output,
+            run_chunk,
+            settings=job.settings,
+            code_version=fingerprint(infer),
+            columns=[name.strip() for name in columns.split(",") if name.strip()] if columns is not None else None,
+            required_columns=job.prompt.columns,
+            limit=limit,
+            chunk_size=chunk_size,
+            replicas=most_replicas,
+            concurrency=concurrency,
+            batch_rows=BATCH_ROWS,
+            max_failure_rate=max_failure_rate,
+            retry_failures=retry_failures,
+            overwrite=overwrite,
+        )

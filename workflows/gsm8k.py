@@ -112,6 +112,18 @@ async def infer_batch_on_gpu(questions: list[str], choice: EngineChoice, max_tok
     return await solve(questions, choice, max_tokens)
 
 
+@cpu_replicas.task
+async def wake_cpu(choice: EngineChoice, max_tokens: int) -> None:
+    """Load a CPU replica's engine, for calls that are still to come."""
+    await fb.warm_up(lambda: solver(choice, max_tokens))
+
+
+@gpu_replicas.task
+async def wake_gpu(choice: EngineChoice, max_tokens: int) -> None:
+    """Load a GPU replica's engine, for calls that are still to come."""
+    await fb.warm_up(lambda: solver(choice, max_tokens))
+
+
 @driver.task
 async def main(
     num_questions: int = 500,
@@ -120,6 +132,7 @@ async def main(
     model: str = "demo",
     engine: str = "auto",
     max_tokens: int = 256,
+    warm_up: bool = False,
 ) -> tuple[dict[str, list[str | None]], float]:
     """Answer questions of GSM8K's test set and score the answers.
 
@@ -130,6 +143,7 @@ async def main(
         model: "demo", a folder, or a Hugging Face id.
         engine: "auto", "ctranslate2", "vllm" or "fake".
         max_tokens: most tokens of an answer.
+        warm_up: on a cluster, let replicas load the model while the questions are still read.
 
     Returns:
         The answers by chunk, whose names sort in the questions' order (null where there is none), and the share (0-1)
@@ -139,10 +153,14 @@ async def main(
         if value < 1:
             raise fb.BadInput(f"{name} must be at least 1, got {value}")
     choice = await asyncio.to_thread(choose_engine, engine, model, here=fb.runs_here())
-    rows = await asyncio.to_thread(_read, source, num_questions)
-    chunks = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
-    task = infer_batch_on_gpu if choice.engine == "vllm" else infer_batch
-    solved = await asyncio.gather(*(task([q for q, _ in chunk], choice, max_tokens) for chunk in chunks))
+    on_gpu = choice.engine == "vllm"
+    task, wake_one = (infer_batch_on_gpu, wake_gpu) if on_gpu else (infer_batch, wake_cpu)
+    most_replicas, _ = fb.slots(gpu_replicas if on_gpu else cpu_replicas)
+    calls = most_replicas if warm_up and not fb.runs_here() else 0
+    async with fb.waking_replicas(lambda: wake_one(choice, max_tokens), calls):
+        rows = await asyncio.to_thread(_read, source, num_questions)
+        chunks = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
+        solved = await asyncio.gather(*(task([q for q, _ in chunk], choice, max_tokens) for chunk in chunks))
     answers = [answer for each in solved for answer in each.answers]
     right = sum(
         answer is not None and is_right(answer, truth) for answer, (_, truth) in zip(answers, rows, strict=True)

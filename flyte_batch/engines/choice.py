@@ -17,6 +17,7 @@ from typing import Any
 
 from flyte_batch.engines.base import Engine
 from flyte_batch.engines.hub import HubModel
+from flyte_batch.engines.stored import check_whole
 from flyte_batch.errors import BadInput
 from flyte_batch.records import Completion, SamplingParameters
 
@@ -179,10 +180,11 @@ def check_folder(folder: Path, engine: str = "ctranslate2") -> None:
         engine: ``ctranslate2`` or ``vllm``.
 
     Raises:
-        BadInput: what is missing and how to get it.
+        BadInput: what is missing and how to get it; also of a prefetched model that is copied by half.
     """
     if not folder.is_dir():
         raise BadInput(f"the model {folder} is a file: name the folder that holds it")
+    check_whole(folder)
     if engine == "vllm":
         _check_weights(folder)
     else:

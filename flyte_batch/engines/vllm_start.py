@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flyte_batch.engines.hub import HubModel
+from flyte_batch.engines.stored import LIST_NAME
 from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser
 from flyte_batch.engines.vllm_options import (
     VLLMOptions,
@@ -154,6 +155,8 @@ async def stream_arguments(uri: str, options: VLLMOptions, folder: Path) -> Mapp
     except Exception as error:  # many kinds, of the object store's libraries
         raise EngineError(f"the model {uri} cannot be read ({type(error).__name__}: {one_line(error)})") from error
     if not (folder / "config.json").is_file():
+        if (folder / LIST_NAME).is_file():
+            raise BadInput(f"the model at {uri} is copied by half: wait for its prefetch to end, or run it again")
         raise BadInput(f"there is no model at {uri}: looked for config.json below it")
     return arguments
 

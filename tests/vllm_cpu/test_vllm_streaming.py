@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import flyte_batch as fb
 from flyte_batch.demo.problems import generate, is_right
 from flyte_batch.engines import VLLMEngine, choose_engine, start_engine
 from flyte_batch.errors import BadInput, EngineError
@@ -110,3 +111,21 @@ async def test_a_model_in_a_bucket_answers(store: type[_Store]) -> None:
 async def test_a_prefix_without_a_model_says_so(store: type[_Store]) -> None:
     with pytest.raises((BadInput, EngineError), match="s3://bucket/models/none"):
         await start_engine(choose_engine("vllm", "s3://bucket/models/none"))
+
+
+async def test_a_prefetched_model_is_streamed_and_one_that_is_copied_by_half_says_so(
+    store: type[_Store], tmp_path: Path
+) -> None:
+    await fb.prefetch(MODEL, tmp_path / "demo")
+    store.objects = {f"models/demo/{path.name}": path for path in (tmp_path / "demo").iterdir()}
+    chosen = choose_engine("auto", "s3://bucket/models/demo")
+    engine = await start_engine(chosen, SamplingParameters(max_tokens=100), max_model_len=256, engine_args=FAST)
+    try:
+        (problem,) = generate(1, 3)
+        (answer,) = await engine.infer([engine.prepare(Prompt(problem.question))])
+        assert is_right(getattr(answer, "text", None), problem.answer)
+    finally:
+        await engine.aclose()
+    del store.objects["models/demo/config.json"]  # the last that prefetch writes
+    with pytest.raises(BadInput, match="copied by half: wait for its prefetch to end, or run it again"):
+        await start_engine(chosen)
