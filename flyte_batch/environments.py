@@ -245,9 +245,8 @@ def _surely_lacks_reuse(image: flyte.Image | str | None) -> bool:
     """
     if not isinstance(image, flyte.Image):
         return image == "auto"
-    if image.dockerfile or image._ref_name or not _FLYTES_BASE.match(image.base_image or ""):
-        return False
-    return not any(_may_bring_reuse(layer) for layer in image._layers)
+    flytes_own = _FLYTES_BASE.match(image.base_image or "") is not None
+    return flytes_own and not any(_may_bring_reuse(layer) for layer in image._layers)
 
 
 def _may_bring_reuse(layer: Any) -> bool:

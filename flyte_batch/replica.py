@@ -95,12 +95,12 @@ def check_own_slots(caller: str, environment: str, slots: int) -> None:
 
 
 def environments_called(function: object) -> set[str]:
-    """The environments whose Flyte tasks a function may call: it is one, or its code or its module's names one."""
+    """The environments whose Flyte tasks a function may call: it is one, or names one, or a function that does."""
     found: set[str] = set()
     seen: dict[int, object] = {}
-    todo: list[tuple[Any, str | None]] = [(function, None)]
+    todo: list[Any] = [function]
     while todo:
-        each, module = todo.pop()
+        each = todo.pop()
         if id(each) in seen:
             continue
         seen[id(each)] = each
@@ -109,9 +109,9 @@ def environments_called(function: object) -> set[str]:
         if isinstance(environment, str):
             found.add(environment)
         elif isinstance(each, partial):
-            todo += [(part, module) for part in (each.func, *each.args, *each.keywords.values())]
-        elif isinstance(each, FunctionType) and module in (None, each.__module__):
-            todo += [(named, each.__module__) for named in _named_by(each)]
+            todo += [each.func, *each.args, *each.keywords.values()]
+        elif isinstance(each, FunctionType):
+            todo += _named_by(each)
     return found
 
 

@@ -19,7 +19,7 @@ import flyte_batch as fb
 import images
 from flyte_batch import environments
 from flyte_batch.data.sources import open_source
-from flyte_batch.replica import ReplicaSettings
+from flyte_batch.replica import ReplicaSettings, environments_called
 from images import cpu_image
 from tests.helpers import ROOT, questions
 from workflows import generate, gsm8k
@@ -323,6 +323,38 @@ def test_a_driver_declared_on_one_of_several_slots_is_warned_about(warnings: Cal
     assert "task 'all-in-one.main' takes one of the 6 slots" in warning
 
 
+elsewhere = flyte.TaskEnvironment("elsewhere", image=cpu_image)
+
+
+@elsewhere.task
+async def answer_elsewhere(question: str) -> str:
+    return question
+
+
+class Lazy:
+    """Stands for a module that loads at the first look."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"{name} was looked at")
+
+
+lazy = Lazy()
+
+
+def test_tasks_are_found_in_inner_functions_and_nothing_is_loaded_to_find_them() -> None:
+    def driver() -> object:
+        async def run_chunk() -> object:
+            return await answer_elsewhere(lazy.question, later)
+
+        assert environments_called(run_chunk) == {"elsewhere"}
+        later = 1
+        return run_chunk, later
+
+    driver()
+    assert environments_called(driver) == {"elsewhere"}
+    assert environments_called(generate.main.func) == {"generate-cpu", "generate-gpu"}
+
+
 @pytest.mark.parametrize("workflow", [generate, gsm8k])
 def test_our_own_workflows_are_silent(workflow: ModuleType, warnings: Callable[[], list[str]]) -> None:
     for environment in (workflow.cpu_replicas, workflow.gpu_replicas):
@@ -453,8 +485,9 @@ def test_an_image_without_unionai_reuse_is_warned_about_once(
     kind: str, tmp_path: Path, warnings: Callable[[], list[str]]
 ) -> None:
     environment = fb.replica_environment("lacking", image=(LACKING | files(tmp_path))[kind])
-    fb.slots(environment)
     (warning,) = warnings()
+    fb.slots(environment)
+    assert warnings() == [warning]
     assert "image of environment 'lacking' installs no unionai-reuse" in warning
     assert ".with_pip_packages('unionai-reuse')" in warning
 
