@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -76,6 +77,7 @@ async def run(
     replicas: int = 1,
     concurrency: int = 4,
     batch_rows: int = 256,
+    rows_per_s: float | None = None,
     max_failure_rate: float | None = None,
     max_failed_chunks: int = 10,
     retry_failures: bool = False,
@@ -97,6 +99,8 @@ async def run(
         replicas: replicas that work at once.
         concurrency: chunks that one replica takes at once.
         batch_rows: records in a full batch, for planning chunks.
+        rows_per_s: rows that one replica answers a second, for planning chunks: what an earlier run's progress said,
+            divided by its replicas. By default as for `plan_chunk_rows`.
         max_failure_rate: share (0-1) of failed rows above which the run fails; by default `DEFAULT_MAX_FAILURE_RATE`,
             in runs of at least `FEWEST_ROWS_FOR_DEFAULT_RATE` rows. Whatever its value, a run in which no row at all
             was answered fails.
@@ -116,7 +120,7 @@ async def run(
     from flyte_batch.data.sources import open_source
 
     started = time.monotonic()
-    _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit)
+    _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit, rows_per_s)
     check_driver(run_chunk)
     left_out = [name for name in required_columns if columns is not None and name not in columns]
     if left_out:
@@ -126,7 +130,9 @@ async def run(
     full = {**(settings or {}), "code": code_version or fingerprint(run_chunk)}
     rows = min(opened.rows, limit or opened.rows)
     target = await asyncio.to_thread(Output.open, output, full, opened, overwrite=overwrite)
-    planned = plan_chunk_rows(rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
+    planned = plan_chunk_rows(
+        rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows, rows_per_s=rows_per_s
+    )
     size = chunk_size or (target.chunk_rows if is_sound(target.chunk_rows, rows) else None) or planned
     chunks = plan_chunks(opened, target.path, size, settings=full, limit=limit)
     parts = await asyncio.to_thread(
@@ -244,9 +250,12 @@ def _check(
     max_failed_chunks: int,
     chunk_size: int | None,
     limit: int | None,
+    rows_per_s: float | None,
 ) -> None:
     if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
         raise BadInput(f"max_failure_rate must be between 0 (no row may fail) and 1, got {max_failure_rate}")
+    if rows_per_s is not None and not 0 < rows_per_s < math.inf:
+        raise BadInput(f"rows_per_s must be a positive number, got {rows_per_s}; leave it out if it is unknown")
     for name, value in (
         ("replicas", replicas), ("concurrency", concurrency), ("max_failed_chunks", max_failed_chunks),
         ("chunk_size", chunk_size), ("limit", limit),
