@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -202,8 +203,13 @@ class Output:
         """Ends the work on a plan that does not commit.
 
         Its parts stay for the next run, unless another plan has finished the folder or taken it over meanwhile: then
-        what that plan has no use for goes, because a reader of the folder would take it for results.
+        what that plan has no use for goes, because a reader of the folder would take it for results. A folder that
+        can't be read or cleared for now stays as it is: why the work ended is said by whoever ended it.
         """
+        with suppress(OSError, BadInput):
+            self._clear(chunks)
+
+    def _clear(self, chunks: Sequence[Chunk]) -> None:
         owner, finished = manifests.read_run(self.location), self.manifest()
         if finished is None and (owner is None or not manifests.differences(owner, self.run)):
             return
@@ -257,6 +263,7 @@ def iter_output(path: str, *, columns: Sequence[str] | None = None) -> Iterator[
     Raises:
         BadInput: no such folder or column.
         RunError: the output is not finished, or a part is missing or damaged.
+        OSError: the storage can't be read for now.
     """
     location = storage.locate(path)
     if storage.entry(location) is None:
@@ -275,12 +282,19 @@ def iter_output(path: str, *, columns: Sequence[str] | None = None) -> Iterator[
         info = read_part_info(file)
         if info is None or (info.chunk_id, info.rows) != (part.chunk_id, part.rows):
             raise RunError(f"the part {file} is missing or damaged: run again to make it anew")
-        try:
-            with storage.open_file(file) as opened:
-                table = pq.read_table(opened, columns=names, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise RunError(f"the part {file} is damaged ({storage.reason(error)}): delete it and run again") from error
-        yield conform(table, wanted)
+        yield conform(_read_part(file, names), wanted)
+
+
+def _read_part(file: Location, columns: list[str]) -> pa.Table:
+    try:
+        with storage.open_file(file) as opened:
+            return pq.read_table(opened, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
+        data = storage.read_bytes(file)  # says so if it was the storage: from memory it can only be the part
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"the part {file} is damaged ({storage.reason(error)}): delete it and run again") from error
 
 
 def read_output(path: str, *, columns: Sequence[str] | None = None) -> pa.Table:

@@ -26,6 +26,7 @@ _COUNTS = ("rows", "failures", "prompt_tokens", "response_tokens")
 _KEY = "flyte_batch."
 _ROW_GROUP_ROWS = 65_536
 _MAGIC = b"PAR1"
+_TAIL_BYTES = 65_536  # holds most footers
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
 
     Raises:
         ValueError: rows or results that are not this chunk's.
-        OSError: the system refused to write; nothing is left behind.
+        BadInput: this process may not write to the output folder.
+        OSError: any other trouble with writing, with the path; nothing is left behind.
     """
     if rows.num_rows != chunk.rows or len(results) != chunk.rows:
         raise ValueError(f"chunk {chunk.index} has {chunk.rows} rows, got {rows.num_rows} rows, {len(results)} results")
@@ -125,13 +127,14 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
 
     Reads the footer only: that the file ends where its footer says, that it holds as many rows as it claims, and, with
     a chunk given, that id and row count are the chunk's (the id stands for the columns, too).
+
+    Raises:
+        BadInput: it may not be read.
+        OSError: any other trouble with reading it. That a store is away does not mean that the part is.
     """
+    size, footer = _read_footer(location)
     try:
-        with location.fs.open_input_file(location.path) as file:
-            size = file.size()
-            if size < 12 or storage.read_range(file, 0, 4) != _MAGIC:
-                return None
-            metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(pa.BufferReader(footer))
     except (OSError, pa.ArrowException):
         return None
     stored = metadata.metadata or {}
@@ -150,6 +153,22 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
     if chunk is not None and (info.chunk_id, info.rows, info.first_row) != (chunk.id, chunk.rows, chunk.first_row):
         return None
     return info
+
+
+def _read_footer(location: Location) -> tuple[int, bytes]:
+    """A Parquet file's size in bytes and its footer; nothing for a file that is missing or ends otherwise."""
+    with storage.explained("read", location):
+        try:
+            file = location.fs.open_input_file(location.path)
+        except FileNotFoundError:
+            return 0, b""
+        with file:
+            size = file.size()
+            tail = storage.read_range(file, max(0, size - _TAIL_BYTES), _TAIL_BYTES)
+            length = int.from_bytes(tail[-8:-4], "little") + 8
+            if size < length + 4 or storage.read_range(file, 0, 4) != _MAGIC or not tail.endswith(_MAGIC):
+                return size, b""
+            return size, tail[-length:] if length <= len(tail) else storage.read_range(file, size - length, length)
 
 
 def _data_end(metadata: pq.FileMetaData) -> int:

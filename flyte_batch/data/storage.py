@@ -1,12 +1,13 @@
 """Where files are: local paths and object stores behind one small set of calls.
 
 pyarrow's file systems do the work. What is added is what a batch job needs: a file that appears whole or not at all,
-and errors that name the path and the operating system's reason.
+errors that name the path and the system's reason, and patience with an S3 store that is busy or away for a moment.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -24,9 +26,28 @@ from flyte_batch.errors import BadInput
 TEMPORARY_PREFIX = ".tmp-"
 """Names that begin with a dot are ignored by pyarrow.dataset, Spark, DuckDB globs and by `sources`."""
 
+S3_ATTEMPTS = 7
+"""Of a request that S3 answers with "slow down", with an error of its own, or not at all. Between them lie up to 1, 2,
+4, 8, 16 and 20 seconds, half of that on average: less than it takes to make a chunk's answers again."""
+
+S3_REQUEST_TIMEOUT_S = 10.0
+"""Seconds without a byte until a request to S3 counts as lost; pyarrow's own 3 are too few for a store under load."""
+
+S3_CONNECT_TIMEOUT_S = 5.0
+
+_S3_OPTIONS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
+
+# pyarrow's names of the file systems where a file appears when its upload is complete, in place of the old one.
+_FILES_APPEAR_WHOLE = frozenset(("s3", "gcs"))
+
 # Errors that the next attempt gets as well; object stores say theirs in the message.
-_LASTING = frozenset((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
-_REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|HTTP status (401|403|404)|[Pp]ermission denied")
+_LASTING = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+)
+_REFUSED = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|HTTP status (401|403|404)|"
+    r"Bucket '.*' not found|[Pp]ermission denied"
+)
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -93,7 +114,9 @@ def locate(path: str | os.PathLike[str]) -> Location:
     """The location of a local path or a URI (``file://``, ``s3://``, ``gs://``, and what else pyarrow.fs knows).
 
     Raises:
-        BadInput: an empty path, a scheme that pyarrow does not know, or credentials inside the URI.
+        BadInput: an empty path, a scheme that pyarrow does not know, an option of a URI that it does not know, or
+            credentials inside the URI.
+        OSError: the region of an S3 bucket could not be found out for now.
     """
     text = os.fspath(path)
     if not text.strip():
@@ -110,16 +133,52 @@ def locate(path: str | os.PathLike[str]) -> Location:
         )
     base, mark, query = text.partition("?") if match[1] != "file" else (text, "", "")
     # A glob's * and [ are no URI characters; the file system needs only the bucket, the path is ours.
+    bucket = base[match.end() :].partition("/")[0]
     try:
         if match[1] == "file":
             return Location(pafs.LocalFileSystem(), pafs.FileSystem.from_uri(text)[1])
-        bucket = base[match.end() :].partition("/")[0]
-        filesystem, _ = pafs.FileSystem.from_uri(f"{match[0]}{bucket}{mark}{query}")
-    except (pa.ArrowException, OSError, ValueError) as error:
+        if match[1] == "s3":
+            filesystem: pafs.FileSystem = _s3(base, bucket, query)
+        else:
+            filesystem, _ = pafs.FileSystem.from_uri(f"{match[0]}{bucket}{mark}{query}")
+    except BadInput:
+        raise
+    except (pa.ArrowException, ValueError) as error:
         raise BadInput(
             f"can't open {text}: {reason(error)}; give a local path or a file://, s3:// or gs:// URI"
         ) from error
+    except OSError as error:
+        raise _named(error, "open", text) from error
     return Location(filesystem, base[match.end() :], match[0], mark + query)
+
+
+def _s3(base: str, bucket: str, query: str) -> pafs.S3FileSystem:
+    """The file system of an S3 URI. pyarrow's own way from a URI to one takes no timeouts and no retries."""
+    options = dict(parse_qsl(query))
+    for name in options:
+        if name not in _S3_OPTIONS:
+            raise BadInput(
+                f"{base} with the option {name!r}: known are {', '.join(_S3_OPTIONS)}; credentials come from the "
+                "environment (AWS_ACCESS_KEY_ID, ...)"
+            )
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        options.setdefault("endpoint_override", endpoint)
+    if "endpoint_override" not in options and "region" not in options:
+        options["region"] = pafs.resolve_s3_region(bucket)
+    return _s3_filesystem(tuple(sorted(options.items())))
+
+
+@functools.cache
+def _s3_filesystem(options: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
+    # One for all files: its connections stay open, and so do the credentials that it fetched.
+    return pafs.S3FileSystem(
+        **dict(options),  # type: ignore[arg-type]
+        request_timeout=S3_REQUEST_TIMEOUT_S,
+        connect_timeout=S3_CONNECT_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        allow_delayed_open=True,  # type: ignore[call-arg]  # up to 10 MB go in one request
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -134,18 +193,22 @@ def reason(error: BaseException) -> str:
 def explained(what: str, location: Location) -> Iterator[None]:
     """Turns a lasting refusal to ``what`` (``read``, ``list``, ...) into a `BadInput` naming the path.
 
-    Other OSErrors pass: a broken connection is no bad input, and worth a retry.
+    Other errors stay of their class, because a broken connection is no bad input and worth a retry, and get the path.
     """
     try:
         yield
     except FileNotFoundError as error:
         raise BadInput(f"no such file or folder: {location}") from error
     except OSError as error:
-        if not (error.errno in _LASTING or _REFUSED.search(str(error))):
-            raise
-        raise BadInput(
-            f"can't {what} {location}: {reason(error)}; give this process the right to {what} it or choose another path"
-        ) from error
+        raise _named(error, what, location) from error
+
+
+def _named(error: OSError, what: str, location: Location | str) -> BadInput | OSError:
+    """The error with the path in it: pyarrow names a key at best, and Python nothing once a file is open."""
+    text = f"can't {what} {location}: {reason(error)}"
+    if error.errno in _LASTING or _REFUSED.search(str(error)):
+        return BadInput(f"{text}; give this process the right to {what} it or choose another path")
+    return OSError(text) if error.errno is None else OSError(error.errno, text)
 
 
 def entry(location: Location) -> Entry | None:
@@ -191,20 +254,40 @@ def read_bytes(location: Location) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
+        BadInput: it may not be read.
+        OSError: any other trouble; names the path.
     """
-    with location.fs.open_input_file(location.path) as file:
-        return bytes(file.read())
+    try:
+        with location.fs.open_input_file(location.path) as file:
+            return bytes(file.read())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _named(error, "read", location) from error
 
 
 def write_atomically(location: Location, data: bytes) -> None:
     """Makes ``data`` the content of ``location``; a reader sees the old content, or all of the new, never a part.
 
-    The bytes go to a unique temporary name in the same folder, then take the final name in one step. On local file
-    systems they are flushed to the disk first, so that the promise also holds for a power failure.
+    On S3 and Google's store the upload does that by itself. Elsewhere the bytes go to a unique temporary name in the
+    same folder, then take the final name in one step; on local file systems they are flushed to the disk first, so that
+    the promise also holds for a power failure.
 
     Raises:
-        OSError: the system refused (disk full, no permission); nothing of the attempt is left behind.
+        BadInput: this process may not write there, or the folder is gone.
+        OSError: any other trouble (disk full, a store that is away); names the path. Nothing visible is left behind.
     """
+    with explained("write", location):
+        _write(location, data)
+
+
+def _write(location: Location, data: bytes) -> None:
+    if location.fs.type_name in _FILES_APPEAR_WHOLE:
+        # No "with": left by an exception, it would close the stream, and what was uploaded so far would be the file.
+        stream = location.fs.open_output_stream(location.path)
+        stream.write(data)
+        stream.close()
+        return
     temporary = location.parent.child(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         if location.is_local:
@@ -216,7 +299,7 @@ def write_atomically(location: Location, data: bytes) -> None:
                 stream.write(data)
             location.fs.move(temporary.path, location.path)
     except BaseException:
-        with suppress(OSError):
+        with suppress(OSError, BadInput):
             delete(temporary)
         raise
 
@@ -240,8 +323,13 @@ def _sync_folder(path: str) -> None:
 
 
 def delete(location: Location) -> None:
-    """Deletes a file; one that is gone already (another driver was faster) is fine."""
-    with suppress(FileNotFoundError):
+    """Deletes a file; one that is gone already (another driver was faster) is fine.
+
+    Raises:
+        BadInput: it may not be deleted.
+        OSError: any other trouble; names the path.
+    """
+    with explained("delete", location), suppress(FileNotFoundError):
         location.fs.delete_file(location.path)
 
 
@@ -251,14 +339,14 @@ def make_writable_folder(folder: Location) -> None:
     Raises:
         BadInput: names the folder and the system's reason.
     """
-    remedy = "choose another output folder or change its permissions"
+    remedy = "choose another output folder, or see to its permissions and its free space"
     found = entry(folder)
     if found is not None and found.is_file:
         raise BadInput(f"the output {folder} is a file: choose a folder")
     probe = folder.child(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         folder.fs.create_dir(folder.path, recursive=True)
-        write_atomically(probe, b"flyte_batch writes here\n")
+        _write(probe, b"flyte_batch writes here\n")
         delete(probe)
     except (OSError, pa.ArrowException) as error:
         raise BadInput(f"can't write to the output folder {folder}: {reason(error)}; {remedy}") from error
@@ -281,6 +369,6 @@ def delete_stale_temporaries(found: list[Entry], *, older_than_s: float, now_s: 
         and now - one.modified > older_than_s
     ]
     for one in stale:
-        with suppress(OSError):
+        with suppress(OSError, BadInput):
             delete(one.location)
     return len(stale)

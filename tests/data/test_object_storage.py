@@ -14,7 +14,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from flyte_batch.data import storage
-from flyte_batch.data.chunks import plan_chunks, read_chunk
+from flyte_batch.data.chunks import Chunk, plan_chunks, read_chunk
 from flyte_batch.data.output import Output, read_output
 from flyte_batch.data.parts import write_part
 from flyte_batch.data.sources import open_source
@@ -79,12 +79,88 @@ def test_an_upload_that_breaks_off_leaves_no_part(bucket: Any, monkeypatch: pyte
 
 def test_a_broken_connection_is_worth_a_retry_and_a_refusal_is_bad_input(tmp_path: Path) -> None:
     location = storage.locate(tmp_path)
-    with pytest.raises(ConnectionResetError), storage.explained("read", location):
+    with pytest.raises(ConnectionResetError, match=f"can't read {tmp_path}: "), storage.explained("read", location):
         raise ConnectionResetError(104, "Connection reset by peer")
-    with pytest.raises(OSError, match="SLOW_DOWN"), storage.explained("read", location):
+    with pytest.raises(OSError, match=f"can't read {tmp_path}: .*SLOW_DOWN"), storage.explained("read", location):
         raise OSError("When reading: AWS Error SLOW_DOWN during GetObject operation")
     with pytest.raises(BadInput, match=f"can't read {tmp_path}: .*ACCESS_DENIED"), storage.explained("read", location):
         raise OSError("When reading: AWS Error ACCESS_DENIED during GetObject operation: Access Denied")
+
+
+def finished_output(bucket: Any) -> tuple[Output, list[Chunk]]:
+    """Two chunks of one row each, committed."""
+    bucket.pipe("/b/a.jsonl", b'{"n": 0}\n{"n": 1}\n')
+    source = open_source("memory://b/a.jsonl")
+    output = Output.open("memory://b/out", {}, source)
+    chunks = plan_chunks(source, output.path, 1, settings={})
+    output.resume(chunks)
+    for chunk in chunks:
+        write_part(chunk, read_chunk(chunk), [Completion("x", "stop", 1, 1)])
+    output.commit(chunks)
+    return output, chunks
+
+
+def away(bucket: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on files of that name can't be read, as from a store that is away."""
+    opened = bucket.open
+
+    def refuse(path: str, *given: Any, **more: Any) -> Any:
+        if name in path:
+            raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+        return opened(path, *given, **more)
+
+    monkeypatch.setattr(bucket, "open", refuse)
+
+
+def test_a_store_that_is_away_is_said_to_be_and_its_parts_are_not_taken_for_missing_or_damaged(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, chunks = finished_output(bucket)
+    with monkeypatch.context() as patch:
+        away(bucket, patch, chunks[1].part)
+        for ask in (output.resume, output.commit, lambda _: output.table()):
+            with pytest.raises(OSError, match=f"can't read memory://b/out/{chunks[1].part}: .*SLOW_DOWN"):
+                ask(chunks)
+    assert output.manifest() is not None
+    assert len(output.resume(chunks)) == 2
+
+
+def test_a_connection_that_breaks_while_a_part_is_read_is_no_damage(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, _ = finished_output(bucket)
+    read = pq.read_table
+
+    def break_off(source: Any, **options: Any) -> Any:
+        if not isinstance(source, pa.BufferReader):
+            raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
+        return read(source, **options)
+
+    monkeypatch.setattr(pq, "read_table", break_off)
+    assert output.table()["n"].to_pylist() == [0, 1]
+
+
+def test_a_run_that_ends_while_the_store_is_away_ends_with_its_own_error(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, chunks = finished_output(bucket)
+    away(bucket, monkeypatch, "_run.json")
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        Output.open("memory://b/out", {}, output.source)
+    output.leave(chunks)  # the driver calls it on its way out, and raises what ended the run
+    assert len(output.finished(chunks)) == 2
+
+
+def test_an_option_of_an_s3_uri_that_is_not_known_is_refused_and_its_value_is_not_shown() -> None:
+    with pytest.raises(BadInput, match=r"'secret_key': known are region, .* from the environment") as caught:
+        storage.locate("s3://bucket/a.jsonl?region=eu-west-1&secret_key=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_files_of_one_bucket_share_connections_and_credentials() -> None:
+    one = storage.locate("s3://bucket/a?region=eu-west-1")
+    assert storage.locate("s3://bucket/b?region=eu-west-1").fs is one.fs
+    assert storage.locate("s3://bucket/b?region=eu-west-2").fs is not one.fs
 
 
 @pytest.mark.parametrize(

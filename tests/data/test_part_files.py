@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_next_attempt_is_whole(chunk: 
     )
     path = Path(chunk.output) / chunk.part
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "File too large []"
+    assert done.stdout.strip() == f"can't write {path}: File too large []"
     write_part(chunk, read_chunk(chunk), RESULTS)
     assert info_of(chunk) is not None
 
