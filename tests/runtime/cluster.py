@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,8 +186,9 @@ class Pool:
                 await replica.ended()
                 self.replicas.remove(replica)
                 self.ended.append(replica)
-            finally:
+            except BaseException:
                 await replica.stop()
+                raise
 
     async def run(
         self, call: str, command: list[str], env: dict[str, str], abort: asyncio.Event, *, avoid: str | None
@@ -239,9 +240,11 @@ class Cluster:
         runs: all runs so far.
     """
 
-    def __init__(self, folder: Path, replicas: int = 2) -> None:
+    def __init__(self, folder: Path, replicas: int = 2, env: Mapping[str, str] | None = None) -> None:
+        """Give variables for the environment of all processes as ``env``."""
         self.folder = folder
         self._replicas = replicas
+        self._extra_env = dict(env or {})
         self.scheduler = Scheduler()
         self.pools: dict[str, Pool] = {}
         self._queues: dict[str, Pool] = {}
@@ -265,6 +268,7 @@ class Cluster:
                 "PYTHONUNBUFFERED": "1",
                 "RUST_LOG": "warn",
                 "_U_USE_ACTIONS": "1",
+                **self._extra_env,
             }
             try:
                 yield self

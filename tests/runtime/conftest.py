@@ -27,9 +27,6 @@ _HERE = Path(__file__).parent
 # Flyte leaves a lazy module of it behind, which no two threads may load at once, as Flyte's and pyarrow's here do.
 _ = importlib.import_module("pandas").DataFrame
 
-# Everything on this machine shares its disk, which the workflow can't know.
-_SHARED_DISK = "\nfb.require_shared = lambda **paths: None\n"
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[OUTCOMES], config.stash[MARKED] = (
@@ -89,8 +86,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="session")
 def generate_bundle(bundle: Bundle) -> Callable[[str], Path]:
-    """The bundle of ``workflows/generate.py``, with a fault if one is given, on a disk that all containers share."""
-    return lambda fault="": bundle("workflows.generate", _SHARED_DISK + fault)
+    """The bundle of ``workflows/generate.py``, with a fault if one is given."""
+    return lambda fault="": bundle("workflows.generate", fault)
 
 
 @pytest.fixture

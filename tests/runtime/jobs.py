@@ -24,18 +24,22 @@ class Job:
     """A run of the workflow over `ROWS` problems, and what became of it."""
 
     def __init__(
-        self, cluster: Cluster, bundle: Path, folder: Path, record_property: Callable[[str, object], None]
+        self,
+        cluster: Cluster,
+        bundle: Path,
+        folder: Path,
+        record_property: Callable[[str, object], None],
+        output: Path | None = None,
     ) -> None:
         self.cluster, self.bundle, self._record = cluster, bundle, record_property
-        self.output = folder / "out"
+        self.output = output or folder / "out"
         problems = [{"question": p.question, "answer": p.answer} for p in generate(ROWS, 31)]
         self.source = write_jsonl(folder / "in.jsonl", problems)
 
     async def start(self, **options: object) -> Run:
         """Start the workflow; ``options`` are further ones of its ``main``."""
-        return await self.cluster.start(
-            workflow.main, self.bundle, source=self.source, output=str(self.output), chunk_size=CHUNK_ROWS, **options
-        )
+        given = {"source": Path(self.source).as_uri(), "output": self.output.as_uri(), "chunk_size": CHUNK_ROWS}
+        return await self.cluster.start(workflow.main, self.bundle, **(given | options))
 
     def parts(self) -> dict[str, int]:
         """Committed parts and when they were written (ns)."""

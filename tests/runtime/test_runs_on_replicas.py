@@ -24,7 +24,9 @@ async def test_every_row_is_answered_once_and_right_by_both_replicas(
     cluster: Cluster, generate_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, output = problems(tmp_path / "in.jsonl", 600), tmp_path / "out"
-    run = await cluster.start(workflow.main, generate_bundle(), source=source, output=str(output), chunk_size=25)
+    run = await cluster.start(
+        workflow.main, generate_bundle(), source=Path(source).as_uri(), output=output.as_uri(), chunk_size=25
+    )
     summary = await run.result()
     assert (summary.rows, summary.failures, summary.chunks, summary.chunks_reused) == (600, 0, 24, 0)
     table = fb.read_output(str(output))
