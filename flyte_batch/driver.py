@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
+from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, ChunkFailed, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
@@ -125,6 +126,7 @@ async def run(
     left_out = [name for name in required_columns if columns is not None and name not in columns]
     if left_out:
         raise BadInput(f"the prompt reads {left_out[0]!r}, which --columns leaves out: add it, or leave --columns out")
+    import_pandas()
     opened = await asyncio.to_thread(open_source, source, columns=columns)
     opened.require(required_columns)
     full = {**(settings or {}), "code": code_version or fingerprint(run_chunk)}

@@ -6,17 +6,17 @@ A row's way: `read_chunk` -> prompt and tokens (threads) -> batcher -> engine ->
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
+from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
 from flyte_batch.guard import watch
 from flyte_batch.pipeline import GONE, Failure, Pipeline
@@ -120,10 +120,7 @@ class _Work:
 
         chunk = self._chunk
         started, started_at = time.monotonic(), time.time()
-        # pyarrow imports pandas, where it is installed, with the first rows that it reads, on a thread. Flyte looks at
-        # it when it converts a task's inputs, and a call that comes while it is half imported fails.
-        with suppress(ImportError):
-            _ = importlib.import_module("pandas").DataFrame  # Flyte may have left a lazy module that loads at first use
+        import_pandas()
         table = await asyncio.to_thread(read_chunk, chunk)
         columns = prompt_columns(prompt)
         missing = [column for column in columns or () if column not in table.column_names]

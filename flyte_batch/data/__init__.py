@@ -7,7 +7,8 @@ A run's data takes these steps, a module each:
 3. ``parts``    a chunk's rows and results become one Parquet file, whole or not at all
 4. ``output``   parts become an output: what is done already, and the manifest that says it is finished
 
-``formats``, ``jsonl`` and ``parquet`` are what differs between formats, ``storage`` what differs between file systems.
+``formats``, ``jsonl`` and ``parquet`` are what differs between formats, ``storage`` what differs between file systems;
+``pandas_import`` is for pyarrow's sake.
 Nothing here knows an engine or Flyte. This package imports nothing, so that naming a `Chunk` in a task's signature does
 not load pyarrow.
 """
