@@ -1,11 +1,19 @@
-"""The processes of this machine, as ``/proc`` shows them."""
+"""The processes of this machine, as ``/proc`` shows them, and how to end those that nobody else will end."""
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+_REAPER = "import sys; sys.path.insert(0, sys.argv[1]); from flyte_batch.processes import reap; reap()"
+_LOOK_EVERY_S = 0.5
 
 
 def process_table() -> dict[int, tuple[int, int]]:
@@ -45,3 +53,61 @@ def _below(pid: int) -> set[int]:
         newer = {each for each, (parent, _) in table.items() if parent in newer} - found
         found |= newer
     return found
+
+
+class Reaper:
+    """A small process that kills others once this one is gone, however it ended: SIGKILL leaves no time for anything.
+
+    An engine's processes keep the device's memory. vLLM's go on for as long as the machine does if the process that
+    started them is killed, by the kernel for want of memory, say.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._told: dict[int, int] = {}
+
+    def tell(self, known: Mapping[int, int]) -> None:
+        """Have these processes, and no others, killed at this one's end; the first call starts the reaper.
+
+        Args:
+            known: id -> start in clock ticks since boot, as in `process_table`.
+        """
+        if not known or known == self._told:
+            return
+        if self._process is None:
+            # In a session of its own: what a terminal or a supervisor sends to the group must not end it.
+            self._process = subprocess.Popen(  # noqa: S603 - this very module
+                [sys.executable, "-c", _REAPER, str(Path(__file__).parent.parent)],
+                stdin=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None  # noqa: S101  for the type checker
+        self._told = dict(known)
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(self._told).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the reaper; it kills nobody."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+            self._told = {}
+
+
+def reap() -> None:
+    """What the reaper's process does: read lists of processes, wait for the parent's end, kill the last list."""
+    parent, read, ended = os.getppid(), b"", False
+    while not ended and os.getppid() == parent:
+        ready, _, _ = select.select([0], [], [], _LOOK_EVERY_S)
+        if ready:
+            more = os.read(0, 1 << 16)
+            ended = not more
+            read = (read + more)[-(1 << 20) :]
+    complete = read.rpartition(b"\n")[0].rpartition(b"\n")[2]
+    known = {int(pid): start for pid, start in json.loads(complete or b"{}").items()}
+    table = process_table()
+    for pid, start in known.items():
+        if pid in table and table[pid][1] == start:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

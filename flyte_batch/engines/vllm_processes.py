@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from flyte_batch.processes import process_table
+from flyte_batch.processes import Reaper, process_table
 
 # Names that vLLM gives to the processes it starts itself; workers are found below them.
 _ROOTS = ("EngineCore", "VLLM", "DPCoordinator")
@@ -33,6 +33,7 @@ class EngineProcesses:
         self._before = {child.pid for child in multiprocessing.active_children()}
         self._roots: dict[int, multiprocessing.process.BaseProcess] = {}
         self._known: dict[int, int] = {}
+        self._reaper = Reaper()
 
     def look(self) -> None:
         """Take note of core processes that are new since this was made, and of all that runs below them."""
@@ -47,6 +48,7 @@ class EngineProcesses:
             newer = {pid for pid, (parent, _) in table.items() if parent in ours} - ours
             ours |= newer
         self._known.update({pid: table[pid][1] for pid in ours if pid in table})
+        self._reaper.tell(self._known)
 
     @property
     def alive(self) -> list[int]:
@@ -65,14 +67,15 @@ class EngineProcesses:
             Ids of those that had to be killed.
         """
         self.look()
-        if self._wait(grace_s):
-            return []
-        self._signal(signal.SIGTERM)
-        if self._wait(grace_s):
-            return []
-        stubborn = self.alive
-        self._signal(signal.SIGKILL)
-        self._wait(grace_s)
+        stubborn: list[int] = []
+        if not self._wait(grace_s):
+            self._signal(signal.SIGTERM)
+            if not self._wait(grace_s):
+                stubborn = self.alive
+                self._signal(signal.SIGKILL)
+                self._wait(grace_s)
+        if not self.alive:
+            self._reaper.close()
         return stubborn
 
     def _wait(self, seconds: float) -> bool:

@@ -218,6 +218,28 @@ class TestFailedStarts:
         said = [line for line in done.stdout.splitlines() if "the script starts an engine while vLLM's own" in line]
         assert any("if __name__ == '__main__':" in line for line in said), done.stdout + done.stderr
 
+    def test_a_process_that_is_killed_leaves_none_of_vllms(self, tmp_path: Path) -> None:
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import asyncio, os, signal\n"
+            "import flyte_batch as fb\n"
+            "if __name__ == '__main__':\n"
+            f"    start = fb.VLLMEngine.start({str(MODEL)!r}, max_model_len=64, engine_args={FAST!r})\n"
+            "    engine = asyncio.run(start)\n"
+            "    print('processes', *engine._launch.processes.alive, flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False, cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("processes ")]
+        deadline = time.monotonic() + 20
+        while set(map(int, line.split()[1:])) & set(process_table()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
     def test_a_process_that_just_ends_leaves_none_of_vllms(self, tmp_path: Path) -> None:
         script = tmp_path / "script.py"
         script.write_text(
