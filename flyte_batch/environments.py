@@ -199,7 +199,9 @@ def check_environment(environment: flyte.TaskEnvironment) -> flyte.ReusePolicy:
     if policy.max_replicas < 1:
         raise BadInput(f"environment {name!r} may have no replica at all: raise the most of replicas={policy.replicas}")
     for task in environment.tasks.values():
-        if task.reusable is not None and (task.resources, task.reusable) != (environment.resources, policy):
+        if task.reusable is None:  # it runs in a container of its own
+            continue
+        if (task.resources, task.reusable) != (environment.resources, policy):
             raise BadInput(
                 f"task {task.name!r} asks for other containers than its environment, whose resources or ReusePolicy "
                 "changed after the task: give them when the environment is made, one environment for each kind"

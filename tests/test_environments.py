@@ -242,15 +242,11 @@ def test_resources_that_came_after_the_task_are_refused(later: dict[str, Any]) -
         fb.slots(environment)
 
 
-def test_a_task_of_its_own_with_reuse_off_is_no_part_of_the_pool() -> None:
-    environment = flyte.TaskEnvironment("mixed", image=cpu_image, reusable=flyte.ReusePolicy(2))
-
-    @environment.task
-    async def answer(question: str) -> str:
-        return question
-
-    environment._tasks["mixed.alone"] = answer.override(reusable="off", resources=flyte.Resources(cpu=8))
-    fb.check_environment(environment)
+def test_a_task_that_is_not_reused_takes_no_slot_and_may_have_other_resources() -> None:
+    environment, _, _ = one_environment(1, 1)
+    main = environment.tasks["all-in-one.main"]
+    environment.tasks[main.name] = main.override(reusable="off", resources=flyte.Resources(cpu=8))
+    assert fb.slots(environment) == (1, 1)
 
 
 def test_pools_of_one_name_that_differ_only_in_what_flyte_does_not_compare_are_told_apart() -> None:
