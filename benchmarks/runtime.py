@@ -58,8 +58,8 @@ class TimedCluster(Cluster):
         replica: the part of it from ASSIGN to the last status.
     """
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, replicas=1)
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        super().__init__(folder, replicas=1, env=env)
         self.backend: dict[tuple[str, str], float] = {}
         self.replica: dict[tuple[str, str], float] = {}
         self._first: tuple[Run, Any] | None = None
@@ -86,10 +86,6 @@ class TimedCluster(Cluster):
         _, end, reason = await self._attempt(run, action, request, 1, outputs)
         assert end is End.RETURNED, reason
         return self.replica[run.name, name]
-
-    def drivers_with(self, **variables: str) -> None:
-        """Environment variables of the drivers that start from now on."""
-        self._env.update(variables)
 
     async def warm(self, bundle: Path) -> Replica:
         """Its replica, when it has answered a first call."""
@@ -119,9 +115,11 @@ class Table:
 
 
 @contextlib.asynccontextmanager
-async def a_cluster() -> AsyncIterator[TimedCluster]:
+async def a_cluster(**env: str) -> AsyncIterator[TimedCluster]:
+    """An empty cluster, whose processes have these environment variables besides their own."""
     with tempfile.TemporaryDirectory() as folder:
-        async with TimedCluster(Path(folder) / "cluster").up() as cluster:
+        cluster = TimedCluster(Path(folder) / "cluster", env)
+        async with cluster.up():
             yield cluster
 
 
@@ -192,15 +190,13 @@ async def measure_fan_out(bundle: Path, rounds: int, calls: int) -> None:
         "`_F_MAX_QPS` 10,000, `_F_P_CNC` 10": {"_F_MAX_QPS": "10000", "_F_P_CNC": "10"},
     }
     for name, variables in limits.items():
-        async with a_cluster() as cluster:
+        async with a_cluster(**variables) as cluster:
             replica = await cluster.warm(bundle)
-            cluster.drivers_with(**variables)
             for _ in range(rounds):
                 table.add(f"gather, {name}", *await fan_out(cluster, replica, bundle, calls, tasks.all_at_once))
     for name in ("Flyte's limits (`_F_MAX_QPS` 100, `_F_P_CNC` 1,000)", "`_F_MAX_QPS` 10,000"):
-        async with a_cluster() as cluster:
+        async with a_cluster(**limits[name]) as cluster:
             replica = await cluster.warm(bundle)
-            cluster.drivers_with(**limits[name])
             for number in range(rounds + 1):
                 source = rows_file(cluster.folder / f"{number}.jsonl", calls)
                 inputs = {"source": source, "output": str(cluster.folder / f"{number}")}
