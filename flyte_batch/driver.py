@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
 from flyte_batch.data.pandas_import import import_pandas
-from flyte_batch.errors import BadInput, ChunkFailed, TooManyFailures
+from flyte_batch.errors import BadInput, BatcherDied, ChunkFailed, EngineDead, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.progress import Progress
@@ -114,7 +114,8 @@ async def run(
 
     Raises:
         BadInput: something given cannot work; nothing was started.
-        ChunkFailed: chunks failed. The others are committed: run again to do only these.
+        ChunkFailed: chunks failed. The others are committed: run again to do only these. Chunks whose engine or
+            replica ended are tried once more before, one at a time: it may have been a neighbour that ended it.
         TooManyFailures: more rows failed than allowed. The parts are there, the manifest is not.
     """
     from flyte_batch.data.output import Output
@@ -145,28 +146,38 @@ async def run(
     if parts:
         progress.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
     _warn_if_starving(size, rows - progress.done, replicas, concurrency, batch_rows)
-    failed: list[tuple[Chunk, Exception]] = []
     devices: list[DeviceUse] = []
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
-    try:
-        if failures / rows <= rate:
-            todo = (chunk for chunk in chunks if chunk.id not in parts)
-            async with aclosing(fan_out(todo, run_chunk, replicas * concurrency)) as outcomes:
-                async for chunk, outcome in outcomes:
-                    if isinstance(outcome, Exception):
-                        failed.append((chunk, outcome))
-                        if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
-                            break
-                        continue
-                    failures += outcome.failures
-                    devices.append(outcome.device)
-                    progress.advance(outcome.rows, outcome.failures)
-                    if failures / rows > rate:
+
+    async def answer(todo: Iterable[Chunk], at_once: int) -> list[tuple[Chunk, Exception]]:
+        """Run these chunks until too much has failed; gives the failed ones and why."""
+        nonlocal failures
+        failed: list[tuple[Chunk, Exception]] = []
+        async with aclosing(fan_out(todo, run_chunk, at_once)) as outcomes:
+            async for chunk, outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    failed.append((chunk, outcome))
+                    if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
                         break
+                    continue
+                failures += outcome.failures
+                devices.append(outcome.device)
+                progress.advance(outcome.rows, outcome.failures)
+                if failures / rows > rate:
+                    break
+        return failed
+
+    try:
+        failed: list[tuple[Chunk, Exception]] = []
+        if failures / rows <= rate:
+            failed = await answer((chunk for chunk in chunks if chunk.id not in parts), replicas * concurrency)
+        if 0 < len(failed) < max_failed_chunks and all(_may_be_anothers(error) for _, error in failed):
+            progress.say(f"{_describe(failed, len(chunks))}. They are tried again, one at a time")
+            failed = await answer([chunk for chunk, _ in failed], 1)
         if failed:
-            raise ChunkFailed(_describe(failed, len(chunks), output)) from failed[0][1]
+            raise ChunkFailed(_describe(failed, len(chunks)) + _remedy(failed, len(chunks), output)) from failed[0][1]
         if failures / rows > rate or failures == rows:
             raise TooManyFailures(_describe_failures(failures, rows, rate, output))
         manifest = await asyncio.to_thread(target.commit, chunks)
@@ -284,15 +295,22 @@ def _name(error: Exception) -> str:
     return code if isinstance(code, str) else type(error).__name__
 
 
-def _describe(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
+def _may_be_anothers(error: Exception) -> bool:
+    """Whether a chunk may have failed for a neighbour's sake: engine or replica, which it shared, ended."""
+    lost = any(kind.__name__ == "RuntimeSystemError" for kind in type(error).__mro__)  # Flyte's, which we don't import
+    return lost or _name(error) in (EngineDead.__name__, BatcherDied.__name__)
+
+
+def _describe(failed: list[tuple[Chunk, Exception]], chunks: int) -> str:
     chunk, error = min(failed, key=lambda each: each[0].index)
     rows = f"rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1}"
+    return f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}"
+
+
+def _remedy(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
     kept = f"What the others wrote to {output} is kept; " if len(failed) < chunks else ""
     remedy = "fix that, then " if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
-    return (
-        f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}. "
-        f"{kept}{remedy}run the same command again to do the rest"
-    )
+    return f". {kept}{remedy}run the same command again to do the rest"
 
 
 def _describe_failures(failures: int, rows: int, rate: float, output: str) -> str:

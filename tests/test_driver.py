@@ -28,6 +28,7 @@ class Worker:
         self.chunks: list[fb.Chunk] = []
         self.running = self.most_running = 0
         self.fail: set[int] = set()
+        self.error: type[Exception] = OSError
         self.solver = fb.singleton(self._solver)
 
     async def _solver(self) -> fb.EngineBatcher[Any, Any]:
@@ -39,7 +40,7 @@ class Worker:
         self.most_running = max(self.most_running, self.running)
         try:
             if chunk.index in self.fail:
-                raise OSError(f"chunk {chunk.index} has no luck")
+                raise self.error(f"chunk {chunk.index} has no luck")
             return await fb.infer(chunk, self.solver, prompt=self.prompt)
         finally:
             self.running -= 1
@@ -84,9 +85,51 @@ async def test_a_failed_chunk_leaves_the_others_committed_and_a_re_run_does_only
     assert fb.read_output(str(tmp_path / "out"))["id"].to_pylist() == list(range(50))
 
 
+class Shared(Worker):
+    """Chunks that run at once share an engine; the poison one ends it once all of the first four do."""
+
+    def __init__(self, poison: int, error: Exception) -> None:
+        super().__init__()
+        self.poison, self.error_of_all = poison, error
+        self.ended = asyncio.Event()
+
+    async def __call__(self, chunk: fb.Chunk) -> fb.ChunkReport:
+        shares = chunk.index < 4 and not self.ended.is_set()
+        if chunk.index == 3:
+            self.ended.set()
+        if shares:
+            await self.ended.wait()
+        if shares or chunk.index == self.poison:
+            self.chunks.append(chunk)
+            raise self.error_of_all
+        return await super().__call__(chunk)
+
+
+class RuntimeSystemError(Exception):
+    """As Flyte's: the replica was lost."""
+
+
+@pytest.mark.parametrize("error", [fb.EngineDead("gone"), fb.BatcherDied("gone"), RuntimeSystemError("lost")])
+async def test_chunks_that_failed_with_a_poison_chunk_are_answered_without_it(tmp_path: Path, error: Exception) -> None:
+    worker = Shared(2, error)
+    with pytest.raises(fb.ChunkFailed, match=r"1 of 10 chunks failed; first: chunk 2 \(rows 20-29\)"):
+        await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
+    assert sorted(chunk.index for chunk in worker.chunks) == [0, 0, 1, 1, 2, 2, 3, 3, *range(4, 10)]
+    worker.poison = -1  # mended
+    again = await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10)
+    assert (again.rows, again.chunks_reused) == (100, 9)
+
+
+async def test_a_chunk_that_failed_by_itself_is_not_tried_again(tmp_path: Path) -> None:
+    worker = Shared(2, OSError("the prompt's own"))
+    with pytest.raises(fb.ChunkFailed, match="4 of 10 chunks failed"):
+        await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
+    assert len(worker.chunks) == 10
+
+
 async def test_when_too_many_chunks_fail_no_more_are_started(tmp_path: Path) -> None:
     worker = Worker()
-    worker.fail = set(range(100))
+    worker.fail, worker.error = set(range(100)), fb.EngineDead
     with pytest.raises(fb.ChunkFailed, match="3 of 100 chunks failed"):
         await go(
             questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,
