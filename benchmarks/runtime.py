@@ -145,7 +145,7 @@ async def measure_calls(bundle: Path, rounds: int, calls: int) -> None:
             whole.add(f"median of {calls} calls", 1000 * statistics.median(seconds), *parts)
             for at_once in AT_ONCE:
                 alone.add(str(at_once), *await straight(cluster, replica, calls, at_once))
-            alone.add("1, with 20 ms between calls", *await straight(cluster, replica, calls // 4, 1, 0.02))
+            alone.add("1, with 50 ms between calls", *await straight(cluster, replica, calls // 4, 1, 0.05))
     whole.print(lambda figure: f"{figure:.1f}")
     alone.print(lambda figure: f"{figure:,.2f}" if figure < 10 else f"{figure:,.0f}")
 
