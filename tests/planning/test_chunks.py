@@ -136,17 +136,29 @@ def test_a_tiny_dataset_keeps_the_smallest_chunks(speed: float | None) -> None:
 
 
 def test_a_hundred_replicas_do_not_want_chunks_faster_than_one_driver_hands_them_out() -> None:
-    pool: dict[str, Any] = {"replicas": 100, "concurrency": 10, "batch_rows": 256, "rows_per_s": 100}
-    assert 100 * 100 / plan_chunk_rows(10_000_000, **pool) <= FAN_OUT_PER_S
-    # A dataset that gives the thousand slots two or three chunks each is over in minutes: half of that would be tail.
-    small = plan_chunk_rows(1_000_000, **pool)
-    assert tail(small, 1_000_000, slots=1000) <= 0.5
+    def wanted_per_s(chunk_rows: int) -> float:
+        return 100 * 100 / chunk_rows
+
+    size = plan_chunk_rows(1_000_000, replicas=100, concurrency=10, batch_rows=256, rows_per_s=100)
+    assert wanted_per_s(size) <= FAN_OUT_PER_S < wanted_per_s(size // 2)
+
+
+def test_a_run_that_is_over_in_a_minute_is_not_cut_into_one_chunk_for_every_slot() -> None:
+    size = plan_chunk_rows(1_000_000, replicas=100, concurrency=10, batch_rows=256, rows_per_s=200)
+    assert tail(size, 1_000_000, slots=1000) <= 0.5
+    assert 100 * 200 / size > FAN_OUT_PER_S  # longer chunks would cost more than the wait for the driver
 
 
 def test_one_chunk_at_a_time_gets_chunks_that_outweigh_their_gaps() -> None:
     alone: dict[str, Any] = {"replicas": 1, "concurrency": 1, "batch_rows": 256, "rows_per_s": 100}
     size = plan_chunk_rows(10_000_000, **alone)
     assert CHUNK_GAP_S / (size / 100) <= MOST_LOST / (1 - MOST_LOST)
+
+
+def test_chunks_that_lose_next_to_nothing_stay_short_though_longer_ones_would_lose_less() -> None:
+    alone: dict[str, Any] = {"replicas": 1, "concurrency": 1, "batch_rows": 256}
+    sizes = {plan_chunk_rows(700_000, **alone, rows_per_s=speed) for speed in (NO_OVERHEADS, 10, 20)}
+    assert sizes == {BATCHES_IN_FLIGHT * 256}
 
 
 def test_a_slow_model_gets_short_chunks_however_many_replicas_there_are() -> None:
