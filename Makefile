@@ -1,7 +1,7 @@
 # python3 (3.11 or newer) and make are all that is assumed; everything else is installed into .venv.
 #   make run     answer 5,000 generated problems with the demo model, through flyte's local mode
 #   make test    the test suite
-#   make test-runtime  the tests with the programs that run in Flyte's reusable containers (a minute or two)
+#   make test-runtime  the tests with the programs that run in Flyte's reusable containers (some minutes)
 #   make test-vllm  the tests that need vLLM, with a build for CPUs in an environment of its own (4 GB)
 PYTHON ?= python3
 VENV ?= .venv
