@@ -36,7 +36,6 @@ STALE_AFTER_S = 3600.0
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.safetensors", "model.bin")
 _OLDER_WEIGHTS = ("pytorch_model*.bin", "*.gguf")
 _WEIGHTS = re.compile(r"[^/]+\.safetensors|pytorch_model[^/]*\.bin|[^/]+\.gguf|model\.bin")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ def _prefetch(model: str, folder: str, stop: threading.Event) -> PrefetchedModel
     begun, there = _read_list(target), _files(target)
     if begun is None and there:
         raise BadInput(f"{folder} holds files that no prefetch put there ({min(there)}): choose a new folder")
-    if begun is not None and _is_commit(model, begun.source) and not begun.lacking(_sizes(there)):
+    # What came from Hugging Face is named by its commit: asked for by that, there is nothing to look up.
+    if begun is not None and HubModel.parse(model) and begun.source == model and not begun.lacking(_sizes(there)):
         return _result(target, begun, copied=0)
     source, name = _open(model)
     files = _files(source)
@@ -113,12 +113,6 @@ def _prefetch(model: str, folder: str, stop: threading.Event) -> PrefetchedModel
         copied += _copy(found, target.child(each), stop)
     copied += _copy(last, target.child(last.name), stop)
     return _result(target, wanted, copied)
-
-
-def _is_commit(model: str, source: str) -> bool:
-    """Whether a model is one commit of a repository, and what came from ``source`` is that one."""
-    hub = HubModel.parse(model)
-    return hub is not None and model == source and _COMMIT.fullmatch(hub.revision or "") is not None
 
 
 def _open(model: str) -> tuple[Location, str]:

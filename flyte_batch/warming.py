@@ -48,24 +48,34 @@ async def warm_up(solver: Solver, prompt: str = "Hello", timeout_s: float = 30.0
         )
 
 
+MOST_CALLS = 100
+"""Flyte submits about so many a second, and the chunks come after."""
+
+
 @asynccontextmanager
-async def waking_replicas(call: Callable[[], Awaitable[object]], replicas: int) -> AsyncGenerator[None]:
+async def waking_replicas(
+    call: Callable[[], Awaitable[object]], replicas: int, concurrency: int
+) -> AsyncGenerator[None]:
     """In a driver: call a task that warms its replica up, on each of them, while the body of ``async with`` runs.
 
-    Each call holds a slot of its replica until the engine is there, so that a scheduler that looks for free slots sends
-    the next call to another one. Nobody waits for the calls: one that fails is logged, and those that are under way
-    when the body ends are cancelled.
+    Each call holds a slot of its replica until the engine is there. Replicas come up one after the other, and the first
+    takes what it has slots for: there is one call more than all but one of them can take, up to `MOST_CALLS`, so that
+    each gets one that comes before another has loaded. Nobody waits for the calls: one that fails is logged, and those
+    that are under way when the body ends are cancelled.
 
     Args:
         call: calls a task that does nothing but `warm_up`.
-        replicas: how many calls; 0 for none, as in local mode, where driver and replicas are one process.
+        replicas: most replicas of the task's environment; 0 makes no call, as fits local mode, where they are this
+            process.
+        concurrency: calls that one of them takes at once. `flyte_batch.slots` gives both.
 
     Example::
 
-        async with fb.waking_replicas(wake, replicas=4):
+        async with fb.waking_replicas(wake, *fb.slots(replicas)):
             return await fb.run(source, output, infer_chunk)
     """
-    calls = [asyncio.create_task(_call(call)) for _ in range(replicas)]
+    number = min((replicas - 1) * concurrency + 1, MOST_CALLS) if replicas else 0
+    calls = [asyncio.create_task(_call(call)) for _ in range(number)]
     try:
         yield
     finally:

@@ -143,7 +143,7 @@ def test_the_list_comes_first_and_the_file_without_which_nothing_loads_comes_las
     monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, last: str
 ) -> None:
     there: dict[str, set[str]] = {}
-    before(monkeypatch, lambda name, _: there.update({name: set(written(folder))}))
+    before(monkeypatch, lambda name, _: there.update({name: {path.name for path in folder.iterdir()}}))
     done = prefetch(model_path(kind), folder)  # type: ignore[arg-type]
     assert len(there) == done.files
     assert all(LIST_NAME in names for names in there.values())
@@ -219,6 +219,22 @@ def test_a_copy_that_fails_leaves_no_file_of_it_and_the_same_call_does_the_rest(
     again = prefetch(source, folder)
     assert 1 <= again.copied <= len(FILES)
     assert choose_engine("auto", str(folder)).identity == choose_engine("auto", "demo").identity
+
+
+def test_a_copy_that_fails_stops_the_others(monkeypatch: pytest.MonkeyPatch, source: Path, folder: Path) -> None:
+    whole: Pieces = copying._copy_pieces
+
+    def copy(of: Location, size: int, write: Callable[[Any], Any], stop: threading.Event) -> None:
+        if of.name == "config.json":
+            raise RESET
+        if of.name == "tokenizer.json":
+            stop.wait(10)
+        whole(of, size, write, stop)
+
+    monkeypatch.setattr(copying, "_copy_pieces", copy)
+    with pytest.raises(OSError, match="connection reset"):
+        prefetch(source, folder)
+    assert "tokenizer.json" not in written(folder)
 
 
 def test_an_upload_that_fails_leaves_no_object_and_none_of_another_process_is_lost(

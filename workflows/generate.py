@@ -247,7 +247,8 @@ async def main(
         return await task(chunk, job_json)
 
     wake_one = wake_gpu if replicas is gpu_replicas else wake_cpu
-    async with fb.waking_replicas(lambda: wake_one(job_json), most_replicas if warm_up and not fb.runs_here() else 0):
+    to_wake = most_replicas if warm_up and not fb.runs_here() else 0
+    async with fb.waking_replicas(lambda: wake_one(job_json), to_wake, concurrency):
         return await fb.run(
             source,
             output,

@@ -155,9 +155,9 @@ async def main(
     choice = await asyncio.to_thread(choose_engine, engine, model, here=fb.runs_here())
     on_gpu = choice.engine == "vllm"
     task, wake_one = (infer_batch_on_gpu, wake_gpu) if on_gpu else (infer_batch, wake_cpu)
-    most_replicas, _ = fb.slots(gpu_replicas if on_gpu else cpu_replicas)
-    calls = most_replicas if warm_up and not fb.runs_here() else 0
-    async with fb.waking_replicas(lambda: wake_one(choice, max_tokens), calls):
+    most_replicas, concurrency = fb.slots(gpu_replicas if on_gpu else cpu_replicas)
+    to_wake = most_replicas if warm_up and not fb.runs_here() else 0
+    async with fb.waking_replicas(lambda: wake_one(choice, max_tokens), to_wake, concurrency):
         rows = await asyncio.to_thread(_read, source, num_questions)
         chunks = [rows[start : start + chunk_size] for start in range(0, len(rows), chunk_size)]
         solved = await asyncio.gather(*(task([q for q, _ in chunk], choice, max_tokens) for chunk in chunks))
