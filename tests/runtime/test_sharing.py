@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+import shutil
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
 import flyte_batch as fb
 from flyte_batch.data.chunks import Chunk, plan_chunks
 from flyte_batch.data.sources import open_source
-from tests.helpers import write_jsonl
+from tests.helpers import ROOT, write_jsonl
+from tests.image_environments import build_bundle
 from tests.runtime.project import sharing
 
 if TYPE_CHECKING:
@@ -34,23 +40,28 @@ class OneReplica:
         texts = [f"{name} {i}" for i in range(rows)]
         return write_jsonl(self.folder / f"{name}.jsonl", [{"text": text} for text in texts]), texts
 
-    def chunk(self, name: str, rows: int = 4) -> Chunk:
-        source, _ = self.source(name, rows)
+    def chunk(self, name: str, texts: Sequence[str] = ()) -> Chunk:
+        """All rows of a dataset as one chunk: four texts of the name with a number, or these."""
+        source, _ = self.source(name, 4)
+        if texts:
+            write_jsonl(Path(source), [{"text": text} for text in texts])
         output = self.folder / f"{name}-out"
         output.mkdir()
-        (chunk,) = plan_chunks(open_source(source), str(output), rows, settings={"of": name})
+        (chunk,) = plan_chunks(open_source(source), str(output), len(texts) or 4, settings={"of": name})
         return chunk
 
-    async def ask(self, name: str, solver: str) -> Run:
-        return await self.cluster.start(sharing.ask, self.bundle, chunk=self.chunk(name), solver=solver)
+    async def ask(self, name: str, solver: str, texts: Sequence[str] = ()) -> Run:
+        chunk = self.chunk(name, texts)
+        return await self.cluster.start(sharing.ask, self.bundle, chunk=chunk, solver=solver)
 
     def answers(self, name: str) -> list[str]:
         (part,) = (self.folder / f"{name}-out").glob("part-*.parquet")
         responses: list[str] = pq.read_table(part)["response"].to_pylist()
         return responses
 
-    async def let(self, *, load: bool, answer: bool, loads_to_fail: int = 0) -> None:
-        await self.cluster.run(sharing.let, self.bundle, load=load, answer=answer, loads_to_fail=loads_to_fail)
+    async def let(self, *, load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0) -> None:
+        inputs = {"load": load, "answer": answer, "hold": hold, "loads_to_fail": loads_to_fail, "deaths": deaths}
+        await self.cluster.run(sharing.let, self.bundle, **inputs)
 
     async def look(self) -> sharing.Journal:
         return sharing.Journal(**json.loads(await self.cluster.run(sharing.look, self.bundle)))
@@ -153,6 +164,102 @@ async def test_prompts_and_finish_see_the_context_of_the_call_whose_rows_they_wo
     assert attributed == {f"{name} {i}": [run.name] * 2 for name, run in runs.items() for i in range(4)}
 
 
+# -- Whose it is ------------------------------------------------------------
+
+
+def said_by(log: str) -> dict[str, set[str]]:
+    """Who wrote each line of the log, the empty text where no run stands before it; without Flyte's own lines."""
+    said: dict[str, set[str]] = {}
+    for line in log.splitlines():
+        match = re.fullmatch(r"(?:\[(\w+)\]\[a0\] )?WARNING (.+)", line)
+        if match is not None:
+            said.setdefault(match[2], set()).add(match[1] or "")
+    return said
+
+
+@BOTH
+async def test_logs_reports_metrics_and_paths_are_those_of_the_call_that_owns_the_record(
+    replica: OneReplica, solver: str
+) -> None:
+    texts = {"one": ["one 0", "one bad 1", "one 2"], "two": [f"two {i}" for i in range(5)], "three": ["three 0"] * 2}
+    await replica.let(load=True, answer=False)
+    runs = {name: await replica.ask(name, solver, asked) for name, asked in texts.items()}
+    await replica.until(lambda journal: len(journal.paths) == 9 and journal.begun)
+    await replica.let(load=True, answer=True)
+    reports = {name: await run.result() for name, run in runs.items()}
+    journal = await replica.look()
+    (container,) = replica.cluster.pools["sharing"].replicas
+    said = said_by(container.log)
+
+    assert said["loading"] == {""}
+    for name, asked in texts.items():
+        run, report, good = runs[name], reports[name], [text for text in asked if "bad" not in text]
+        words = sum(len(text.split()) for text in good)
+        assert (report.rows, report.failures) == (len(asked), len(asked) - len(good))
+        assert (report.prompt_tokens, report.response_tokens) == (words, words + len(good))  # one word more: "echo:"
+        assert [path.name for path in (replica.folder / f"{name}-out").glob("part-*")] == [report.part]
+        html = (run.root.outputs_folder / "report.html").read_text()
+        assert re.findall("<p>echo: (.+)</p>", html) == good
+        for text in asked:
+            assert said[f"asking {text}"] == {run.name}
+            assert set(journal.paths[text]) == {str(run.folder / "a0" / "raw")}
+            # A batch belongs to many; a record that is answered by itself belongs to its caller.
+            owner = run.name if solver == "continuous" else ""
+            assert said[f"answering {text}"] == {journal.answered_for[text]} == {owner}
+        for text in good:
+            assert said[f"finishing {text}"] == {run.name}
+
+
+async def test_an_engines_death_is_nobodys_line_and_each_calls_own_line_says_what_it_has_to_do_again(
+    replica: OneReplica,
+) -> None:
+    await replica.let(load=True, answer=False)
+    runs = [await replica.ask(name, "continuous") for name in ("first", "second")]
+    await replica.until(lambda journal: len(journal.begun) == 8)
+    await replica.let(load=True, answer=True, deaths=1)
+    assert [(await run.result()).failures for run in runs] == [0, 0]
+    assert (await replica.look()).loads == ["", ""]
+    (container,) = replica.cluster.pools["sharing"].replicas
+    assert re.findall(r"(.*)ERROR ContinuousBatcher died: EngineDead", container.log) == [""]
+    again = re.findall(r"\[(\w+)\]\[a0\] WARNING .* with 4 of 4 rows to do; building the engine anew", container.log)
+    assert sorted(again) == [run.name for run in runs]
+
+
+async def test_a_new_bundle_has_replicas_and_an_engine_of_its_own_and_the_old_engine_ends_with_its_replica(
+    replica: OneReplica, tmp_path: Path
+) -> None:
+    root = tmp_path / "changed"
+    for name in ("flyte_batch", "images", "tests/runtime/project"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (root / "tests/runtime/project/sharing.py").open("a") as file:
+        file.write("\n# changed\n")
+    module = "tests.runtime.project.sharing"
+    changed = OneReplica(
+        replica.cluster, build_bundle(module, tmp_path / "b", root=root, python=sys.executable), tmp_path
+    )
+
+    await replica.let(load=True, answer=True)
+    await (await replica.ask("former", "batching")).result()
+    former, (container,) = await replica.look(), replica.cluster.pools["sharing"].replicas
+    await changed.let(load=True, answer=True)
+    await (await changed.ask("latest", "batching")).result()
+    latest = await changed.look()
+    assert (former.begun, latest.begun) == ([f"former {i}" for i in range(4)], [f"latest {i}" for i in range(4)])
+    assert former.loads == latest.loads == [""]
+    assert former.pid == container.executor() != latest.pid
+
+    executor = psutil.Process(former.pid)
+    container.terminate_bridge()  # as when it was idle for long enough
+    await container.ended()
+    await asyncio.to_thread(executor.wait, 10)
+    await (await changed.ask("later", "batching")).result()
+    assert (await changed.look()).pid == latest.pid
+    assert len((await changed.look()).loads) == 1
+
+
+# -- What goes wrong --------------------------------------------------------
+
+
 @BOTH
 async def test_a_failed_load_fails_its_callers_with_its_error_and_the_next_call_loads_anew(
     replica: OneReplica, solver: str
@@ -227,6 +334,32 @@ async def test_a_cancelled_call_frees_its_records_and_its_neighbours_get_their_a
     assert len(journal.loads) == 1
     if solver == "batching":
         assert not any(text.startswith("gone") for text in journal.begun)
+
+
+@pytest.mark.parametrize("stage", ["load", "prepare", "infer", "finish", "write"])
+async def test_a_call_that_is_cancelled_ends_at_once_whatever_it_waits_for_and_no_neighbour_is_cancelled(
+    replica: OneReplica, stage: str
+) -> None:
+    await replica.let(load=stage != "load", answer=stage != "infer", hold=stage)
+    names = "before", "gone", "after"
+    runs = {name: await replica.ask(name, "continuous") for name in names}
+    waiting = {
+        "load": lambda journal: len(journal.calls) == 3 and journal.loads,
+        "infer": lambda journal: len(journal.begun) == 12,
+    }
+    await replica.until(waiting.get(stage, lambda journal: len(journal.reached.get(stage, ())) == 3))
+    runs["gone"].abort()
+    assert (await runs["gone"].ended(timeout_s=20)).phase == "ABORTED"  # nothing was let go on
+    journal = await replica.until(lambda journal: journal.cancelled)
+    assert journal.cancelling == {runs["gone"].name: 1}
+    await replica.let(load=True, answer=True)
+    for name in ("before", "after"):
+        assert (await runs[name].result()).failures == 0
+        assert replica.answers(name) == [f"echo: {name} {i}" for i in range(4)]
+    journal = await replica.look()
+    assert journal.cancelled == [runs["gone"].name]
+    assert journal.cancelling == {run.name: int(name == "gone") for name, run in runs.items()}
+    assert (journal.loads, journal.loads_cancelled) == ([""], 0)
 
 
 @BOTH

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import flyte
+import flyte.report
 
 import flyte_batch as fb
+from flyte_batch.data import storage
+from flyte_batch.errors import BadRecord, EngineDead
 from flyte_batch.records import Completion
 from images import cpu_image
 
-replicas = fb.replica_environment("sharing", image=cpu_image, replicas=(1, 2), concurrency=24)
+logger = logging.getLogger(__name__)
+
+# Flyte then prints run and action before the lines of all loggers, not only of its own; Rich takes them for markup.
+SHOW_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"}
+
+replicas = fb.replica_environment("sharing", image=cpu_image, replicas=(1, 2), concurrency=24, env_vars=SHOW_ACTIONS)
 driver = fb.driver_environment("sharing-driver", image=cpu_image, depends_on=[replicas])
 
 
@@ -33,6 +43,10 @@ class Journal:
         begun: texts that the engine began to answer.
         freed: texts whose answering was cancelled.
         attributed: the run that prompt, finish and the task's end saw, by text.
+        answered_for: the run that the engine saw, by text; empty where it saw none.
+        paths: the folders for the task's files that prompt and finish saw, by text.
+        cancelling: as each call of `ask` ended, how often its task was asked to cancel, by run.
+        reached: what came to a stage that `let` can hold, by stage.
         closed: engines that were closed.
     """
 
@@ -46,7 +60,15 @@ class Journal:
     begun: list[str] = field(default_factory=list)
     freed: list[str] = field(default_factory=list)
     attributed: dict[str, list[str]] = field(default_factory=dict)
+    answered_for: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, list[str]] = field(default_factory=dict)
+    cancelling: dict[str, int] = field(default_factory=dict)
+    reached: dict[str, list[str]] = field(default_factory=dict)
     closed: int = 0
+
+
+STAGES = "prepare", "finish", "write"
+"""What a call does on threads."""
 
 
 @dataclass
@@ -54,8 +76,10 @@ class Controls:
     """What holds a process up, until a test says otherwise."""
 
     loads_to_fail: int = 0
+    deaths: int = 0
     loading: asyncio.Event = field(default_factory=asyncio.Event)
     answering: asyncio.Event = field(default_factory=asyncio.Event)
+    threads: dict[str, threading.Event] = field(default_factory=lambda: {each: threading.Event() for each in STAGES})
 
 
 journal = Journal()
@@ -69,13 +93,40 @@ def run_here() -> str:
     return (action.run_name or "") if action is not None else ""
 
 
+def path_here() -> str:
+    """Where the Flyte context that this code sees puts a task's files; empty without one."""
+    context = flyte.ctx()
+    return context.raw_data_path.path if context is not None and run_here() else ""
+
+
+def hold(stage: str, what: str) -> None:
+    """Stand still, on a thread, until a test lets the stage go on."""
+    journal.reached.setdefault(stage, []).append(what)
+    assert controls.threads[stage].wait(60)
+
+
+_write = storage.write_atomically
+
+
+def _held_write(location: storage.Location, data: bytes) -> None:
+    hold("write", location.path)
+    _write(location, data)
+
+
 async def answer(text: str) -> str:
     journal.begun.append(text)
+    journal.answered_for[text] = run_here()
+    logger.warning("answering %s", text)
     try:
         await controls.answering.wait()
     except asyncio.CancelledError:
         journal.freed.append(text)
         raise
+    if controls.deaths:
+        controls.deaths -= 1
+        raise EngineDead("the device is gone")
+    if "bad" in text:
+        raise BadRecord("no good")
     return f"echo: {text}"
 
 
@@ -91,6 +142,8 @@ class Batching(fb.FakeEngine):
 
 async def load() -> None:
     journal.loads.append(run_here())
+    logger.warning("loading")
+    storage.write_atomically = _held_write  # in replicas only
     try:
         await controls.loading.wait()
     except asyncio.CancelledError:
@@ -116,19 +169,29 @@ async def continuous() -> fb.ContinuousBatcher:
 SOLVERS = {"batching": batching, "continuous": continuous}
 
 
-@replicas.task
+@replicas.task(report=True)
 async def ask(chunk: fb.Chunk, solver: str) -> fb.ChunkReport:
     """Answer a chunk. Its rows have one column, ``text``."""
-    run = run_here()
+    run, task = run_here(), asyncio.current_task()
+    assert task is not None
     journal.calls.append(run)
+
+    def note(what: str, text: str) -> None:
+        journal.attributed.setdefault(text, []).append(run_here())
+        journal.paths.setdefault(text, []).append(path_here())
+        logger.warning("%s %s", what, text)
 
     def prompt(row: dict[str, object]) -> str:
         text = str(row["text"])
-        journal.attributed.setdefault(text, []).append(run_here())
+        note("asking", text)
+        hold("prepare", text)
         return text
 
     def finish(row: dict[str, object], completion: Completion) -> str:
-        journal.attributed[str(row["text"])].append(run_here())
+        text = str(row["text"])
+        note("finishing", text)
+        flyte.report.get_tab("main").log(f"<p>{completion.text}</p>")
+        hold("finish", text)
         return completion.text
 
     try:
@@ -136,6 +199,8 @@ async def ask(chunk: fb.Chunk, solver: str) -> fb.ChunkReport:
     except asyncio.CancelledError:
         journal.cancelled.append(run)
         raise
+    finally:
+        journal.cancelling[run] = task.cancelling()
     assert run_here() == run
     return report
 
@@ -155,11 +220,13 @@ async def look() -> str:
 
 
 @replicas.task
-async def let(load: bool, answer: bool, loads_to_fail: int = 0) -> None:
-    """Let loads and answers go on, or hold them."""
-    controls.loads_to_fail = loads_to_fail
-    for event, go in ((controls.loading, load), (controls.answering, answer)):
-        if go:
+async def let(load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0) -> None:
+    """Let loads and answers go on, or hold them; of `STAGES` hold one or none."""
+    controls.loads_to_fail, controls.deaths = loads_to_fail, deaths
+    going = {controls.loading: load, controls.answering: answer}
+    threads = {event: stage != hold for stage, event in controls.threads.items()}
+    for event, goes in [*going.items(), *threads.items()]:
+        if goes:
             event.set()
         else:
             event.clear()
