@@ -54,14 +54,16 @@ class OneReplica:
         chunk = self.chunk(name, texts)
         return await self.cluster.start(sharing.ask, self.bundle, chunk=chunk, solver=solver)
 
-    def answers(self, name: str) -> list[str]:
+    def answers(self, name: str) -> list[str | None]:
         (part,) = (self.folder / f"{name}-out").glob("part-*.parquet")
-        responses: list[str] = pq.read_table(part)["response"].to_pylist()
+        responses: list[str | None] = pq.read_table(part)["response"].to_pylist()
         return responses
 
-    async def let(self, *, load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0) -> None:
-        inputs = {"load": load, "answer": answer, "hold": hold, "loads_to_fail": loads_to_fail, "deaths": deaths}
-        await self.cluster.run(sharing.let, self.bundle, **inputs)
+    async def let(
+        self, *, load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0, leaks: int = 0
+    ) -> None:
+        faults = {"loads_to_fail": loads_to_fail, "deaths": deaths, "leaks": leaks}
+        await self.cluster.run(sharing.let, self.bundle, load=load, answer=answer, hold=hold, **faults)
 
     async def look(self) -> sharing.Journal:
         return sharing.Journal(**json.loads(await self.cluster.run(sharing.look, self.bundle)))
@@ -360,6 +362,24 @@ async def test_a_call_that_is_cancelled_ends_at_once_whatever_it_waits_for_and_n
     assert journal.cancelled == [runs["gone"].name]
     assert journal.cancelling == {run.name: int(name == "gone") for name, run in runs.items()}
     assert (journal.loads, journal.loads_cancelled) == ([""], 0)
+
+
+@BOTH
+async def test_a_cancellation_that_user_code_raises_fails_what_it_was_for_and_cancels_no_call(
+    replica: OneReplica, solver: str
+) -> None:
+    await replica.let(load=False, answer=True, leaks=1)
+    runs = [await replica.ask(f"early{i}", solver) for i in range(2)]
+    await replica.until(lambda journal: len(journal.calls) == 2 and journal.loads)
+    await replica.let(load=True, answer=True, leaks=1)
+    for run in runs:
+        await run.ended()
+        assert re.match("FlyteBatchError: .* raised a CancelledError that was not its callers'", run.error)
+    report = await (await replica.ask("late", solver, ["late 0", "late leak", "late 2"])).result()
+    assert (report.rows, report.failures) == (3, 1)
+    assert replica.answers("late") == ["echo: late 0", None, "echo: late 2"]
+    journal = await replica.look()
+    assert (journal.cancelled, set(journal.cancelling.values()), journal.loads) == ([], {0}, ["", ""])
 
 
 @BOTH

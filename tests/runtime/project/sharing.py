@@ -77,6 +77,7 @@ class Controls:
 
     loads_to_fail: int = 0
     deaths: int = 0
+    leaks: int = 0
     loading: asyncio.Event = field(default_factory=asyncio.Event)
     answering: asyncio.Event = field(default_factory=asyncio.Event)
     threads: dict[str, threading.Event] = field(default_factory=lambda: {each: threading.Event() for each in STAGES})
@@ -152,6 +153,9 @@ async def load() -> None:
     if controls.loads_to_fail:
         controls.loads_to_fail -= 1
         raise OSError("the weights are not there yet")
+    if controls.leaks:
+        controls.leaks -= 1
+        raise asyncio.CancelledError
 
 
 @fb.singleton
@@ -185,6 +189,8 @@ async def ask(chunk: fb.Chunk, solver: str) -> fb.ChunkReport:
         text = str(row["text"])
         note("asking", text)
         hold("prepare", text)
+        if "leak" in text:
+            raise asyncio.CancelledError
         return text
 
     def finish(row: dict[str, object], completion: Completion) -> str:
@@ -220,9 +226,11 @@ async def look() -> str:
 
 
 @replicas.task
-async def let(load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0) -> None:
+async def let(
+    load: bool, answer: bool, hold: str = "", loads_to_fail: int = 0, deaths: int = 0, leaks: int = 0
+) -> None:
     """Let loads and answers go on, or hold them; of `STAGES` hold one or none."""
-    controls.loads_to_fail, controls.deaths = loads_to_fail, deaths
+    controls.loads_to_fail, controls.deaths, controls.leaks = loads_to_fail, deaths, leaks
     going = {controls.loading: load, controls.answering: answer}
     threads = {event: stage != hold for stage, event in controls.threads.items()}
     for event, goes in [*going.items(), *threads.items()]:
