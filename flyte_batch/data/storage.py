@@ -37,6 +37,10 @@ S3_CONNECT_TIMEOUT_S = 5.0
 
 _S3_OPTIONS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
 
+# pyarrow puts the text of S3's error where the bytes should go. If it is longer than they are, as it is for a Parquet
+# file's first four, the read fails at once, and is not tried again.
+_SHORTEST_READ = 4096
+
 # pyarrow's names of the file systems where a file appears when its upload is complete, in place of the old one.
 _FILES_APPEAR_WHOLE = frozenset(("s3", "gcs"))
 
@@ -246,7 +250,10 @@ def open_file(location: Location) -> pa.NativeFile:
 
 def read_range(file: pa.NativeFile, offset: int, length: int) -> bytes:
     """At most ``length`` bytes from ``offset`` on; fewer where the file ends."""
-    return bytes(file.read_at(length, offset))  # type: ignore[call-arg]  # the stubs know no offset
+    start = max(0, min(offset, file.size() - _SHORTEST_READ))
+    length += offset - start
+    data = file.read_at(max(length, _SHORTEST_READ), start)  # type: ignore[call-arg]  # the stubs know no offset
+    return bytes(data[offset - start : length])
 
 
 def read_bytes(location: Location) -> bytes:

@@ -27,6 +27,12 @@ REFUSALS = {
 }
 """What a store answers instead of doing as it was asked: S3's code, its HTTP status and its message."""
 
+_ERROR = (
+    '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message>'
+    "<RequestId>79104EXAMPLEB723</RequestId><HostId>IOWQ4fDEXAMPLEQM+ey7N9WgVhSnQ6JEXAMPLEZb7hSQDASK+Jd1vEXAMPLEa3Km"
+    "</HostId></Error>"
+)
+
 METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 
 
@@ -67,9 +73,15 @@ class Fault:
     broken: list[Request] = field(default_factory=list)
     _seen: int = 0
     _mended: threading.Event = field(default_factory=threading.Event)
+    _struck: threading.Condition = field(default_factory=threading.Condition)
 
     def mend(self) -> None:
         self._mended.set()
+
+    def wait_for(self, requests: int) -> None:
+        """Until so many requests were broken."""
+        with self._struck:
+            self._struck.wait_for(lambda: len(self.broken) >= requests)
 
     def wait(self) -> None:
         """Until it is mended."""
@@ -81,7 +93,9 @@ class Fault:
         self._seen += 1
         if self._seen % self.every or len(self.broken) == self.times:
             return False
-        self.broken.append(request)
+        with self._struck:
+            self.broken.append(request)
+            self._struck.notify_all()
         return True
 
 
@@ -155,7 +169,7 @@ class ObjectStore:
             status, message = REFUSALS[fault.kind]
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(f"{status} {fault.kind}", [("Content-Type", "application/xml")])
-            return [f"<Error><Code>{fault.kind}</Code><Message>{message}</Message></Error>".encode()]
+            return [_ERROR.format(code=fault.kind, message=message).encode()]
         with self._lock:
             body = b"".join(self._app(environ, start_response))
         return [body] if fault is None else _broken_off(environ["werkzeug.socket"], body)
