@@ -177,6 +177,7 @@ async def main(
     columns: str | None = None,
     chunk_size: int | None = None,
     chunk_timeout_s: float = 3600.0,
+    rows_per_s: float | None = None,
     limit: int | None = None,
     max_failure_rate: float | None = None,
     retry_failures: bool = False,
@@ -205,6 +206,7 @@ async def main(
         columns: the source's columns to keep in the output, separated by commas; all when left out.
         chunk_size: rows per chunk; planned when left out.
         chunk_timeout_s: seconds for a chunk, the model's load included; one that takes longer is tried again elsewhere.
+        rows_per_s: rows that one replica answers a second, where it is known, for planning chunks.
         limit: only the first so many rows.
         max_failure_rate: share (0-1) of failed rows above which the run fails; half of them when left out, in runs of
             at least 100 rows.
@@ -259,6 +261,7 @@ async def main(
             required_columns=job.prompt.columns,
             limit=limit,
             chunk_size=chunk_size,
+            rows_per_s=rows_per_s,
             replicas=most_replicas,
             concurrency=concurrency,
             batch_rows=BATCH_ROWS,
