@@ -85,7 +85,8 @@ def _prefetch(model: str, folder: str, stop: threading.Event) -> PrefetchedModel
     from flyte_batch.data.storage import delete_stale_temporaries, entries, locate
 
     target = locate(folder)
-    begun, there = _read_list(target), _files(target)
+    there = _files(target)
+    begun = _read_list(target)  # in this order: where another call has just put a file, its list is there
     if begun is None and there:
         raise BadInput(f"{folder} holds files that no prefetch put there ({min(there)}): choose a new folder")
     # What came from Hugging Face is named by its commit: asked for by that, there is nothing to look up.

@@ -326,6 +326,20 @@ async def test_two_at_once_make_one_whole_model(monkeypatch: pytest.MonkeyPatch,
     assert sorted(written(folder)) == [LIST_NAME, *FILES]
 
 
+def test_one_that_looks_while_another_begins_goes_on_with_it(
+    monkeypatch: pytest.MonkeyPatch, source: Path, folder: Path
+) -> None:
+    look, others = storage.entries, iter([True])
+
+    def look_late(at: Location, **options: Any) -> list[storage.Entry]:
+        if next(others, False):
+            prefetch(source, folder)
+        return look(at, **options)
+
+    monkeypatch.setattr(storage, "entries", look_late)
+    assert prefetch(source, folder).copied == 0
+
+
 # -- What is refused --------------------------------------------------------
 
 
