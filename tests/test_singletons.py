@@ -377,10 +377,14 @@ async def test_singletons_that_a_loop_or_a_function_makes_are_no_new_definitions
 
         return resource
 
-    three, four = make(), make()
-    values = [await each() for each in (one, two, three, four)]
-    assert [value.exited for value in values] == [0] * 4
-    assert [await each() for each in (one, two, three, four)] == values
+    async def load() -> Resource:
+        return Resource()
+
+    lambdas = fb.singleton(lambda: load()), fb.singleton(lambda: load())
+    made = one, two, make(), make(), *lambdas
+    values = [await each() for each in made]
+    assert [value.exited for value in values] == [0] * 6
+    assert [await each() for each in made] == values
 
 
 # -- Cancelling -------------------------------------------------------------
