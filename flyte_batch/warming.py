@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
+from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.records import Completion, Prompt
 from flyte_batch.worker import Solver
 
@@ -75,6 +76,8 @@ async def waking_replicas(
             return await fb.run(source, output, infer_chunk)
     """
     number = min((replicas - 1) * concurrency + 1, MOST_CALLS) if replicas else 0
+    if number:
+        import_pandas()  # the calls are made while the body reads the source on a thread
     calls = [asyncio.create_task(_call(call)) for _ in range(number)]
     try:
         yield

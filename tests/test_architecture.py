@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines": {"cores", "demo", "processes"},
     "batching": {"engines"},
     "worker": {"batching", "data", "engines", "guard", "pipeline", "prompts"},
-    "warming": {"batching", "worker"},
+    "warming": {"batching", "data", "worker"},
     "model_store": {"data", "engines"},
     "driver": {"data", "planning", "fingerprint", "progress", "replica"},
 }

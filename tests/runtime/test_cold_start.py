@@ -1,4 +1,4 @@
-"""``workflows/generate.py`` with ``--warm_up``: replicas load while the driver is still at the source.
+"""``workflows/generate.py`` and ``gsm8k.py`` with ``--warm_up``: replicas load while the driver is still at the source.
 
 Opening the source, and loading the model, wait for a file in a folder that driver, replicas and tests share; each load
 leaves a file of its own.
@@ -17,6 +17,7 @@ import pytest
 from flyte_batch.demo.problems import generate
 from tests.helpers import write_jsonl
 from workflows import generate as workflow
+from workflows import gsm8k
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Action, Cluster, Run
@@ -181,3 +182,15 @@ async def test_a_run_that_is_cancelled_while_replicas_load_stops_the_loads(stage
     assert (await run.ended()).phase == "ABORTED"
     await staged.until(lambda: len(staged.seen("stopped")) == 2)
     assert staged.busy() == 0
+
+
+async def test_gsm8k_wakes_its_replicas_too(cluster: Cluster, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"question": problem.question, "answer": problem.answer} for problem in generate(40, 31)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    run = await cluster.start(
+        gsm8k.main, bundle("workflows.gsm8k"), num_questions=40, chunk_size=10, source=source, warm_up=True
+    )
+    answers, accuracy = await run.result()
+    assert (len(answers), accuracy >= 0.95) == (4, True)
+    assert [action.task for action in run.children].count("gsm8k-cpu.wake_cpu") == 1 * 10 + 1
+    assert "not warmed up" not in run.log
