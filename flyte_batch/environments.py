@@ -34,6 +34,9 @@ DEFAULT_SCALEDOWN_TTL_S = 30
 
 _PACKAGE = Path(flyte_batch.__file__).parent
 
+_LOG_WITH_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"}
+"""Has Flyte print run and action before the lines of all loggers, not only its own; Rich would take them for markup."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,7 +94,8 @@ def replica_environment(
         stall_limit_s: a replica whose event loop or whose engine stood still for so many seconds ends itself, so that a
             sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
             blocks the loop.
-        env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added.
+        env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added, and, unless given, what has
+            Flyte print run and action before every line of a log.
         secrets: Flyte's secret request, such as a token for a model hub.
 
     Raises:
@@ -115,7 +119,7 @@ def replica_environment(
         reusable=flyte.ReusePolicy(
             replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl, scaledown_ttl=scaledown_ttl, scope=scope
         ),
-        env_vars={**(env_vars or {}), **settings.variable()},
+        env_vars={**_LOG_WITH_ACTIONS, **(env_vars or {}), **settings.variable()},
         secrets=secrets,
         include=_include(),
     )
@@ -164,7 +168,7 @@ def driver_environment(
         name=name,
         image=image,
         resources=flyte.Resources(cpu=cpu, memory=memory),
-        env_vars=env_vars,
+        env_vars={**_LOG_WITH_ACTIONS, **(env_vars or {})},
         depends_on=list(depends_on),
         include=_include(),
     )

@@ -45,6 +45,15 @@ def test_a_replica_environment_reuses_containers_with_the_given_device() -> None
     assert fb.slots(environment) == (4, 10)
 
 
+def test_containers_log_the_action_of_each_line_unless_told_otherwise() -> None:
+    replicas = fb.replica_environment("logging", image=cpu_image, env_vars={"DISABLE_RICH_LOGGING": "0", "MINE": "1"})
+    driver = fb.driver_environment("logging-driver", image=cpu_image, env_vars={"MINE": "2"})
+    assert (replicas.env_vars or {}).items() >= {
+        "FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "0", "MINE": "1",
+    }.items()  # fmt: skip
+    assert driver.env_vars == {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1", "MINE": "2"}
+
+
 def test_a_fixed_number_of_replicas_is_the_most_too() -> None:
     assert fb.slots(fb.replica_environment("fixed", image=cpu_image, replicas=3, concurrency=2)) == (3, 2)
 

@@ -21,10 +21,7 @@ from images import cpu_image
 
 logger = logging.getLogger(__name__)
 
-# Flyte then prints run and action before the lines of all loggers, not only of its own; Rich takes them for markup.
-SHOW_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"}
-
-replicas = fb.replica_environment("sharing", image=cpu_image, replicas=(1, 2), concurrency=24, env_vars=SHOW_ACTIONS)
+replicas = fb.replica_environment("sharing", image=cpu_image, replicas=(1, 2), concurrency=24)
 driver = fb.driver_environment("sharing-driver", image=cpu_image, depends_on=[replicas])
 
 
