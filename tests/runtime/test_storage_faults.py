@@ -306,6 +306,8 @@ async def test_a_part_is_one_request_to_the_store(store_job: Callable[[str], Sto
     assert set(job.parts().values()) == {1}
     assert lost(run) == []
     assert {request.method for request in job.store.requests if "/part-" in request.key} == {"PUT", "HEAD", "GET"}
+    temporary = {request.key for request in job.store.requests if "/.tmp-" in request.key}
+    assert len(temporary) == 1  # by which the driver finds out whether it may write there
 
 
 @pytest.mark.fault(
