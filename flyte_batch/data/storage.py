@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -118,8 +118,8 @@ def locate(path: str | os.PathLike[str]) -> Location:
     """The location of a local path or a URI (``file://``, ``s3://``, ``gs://``, and what else pyarrow.fs knows).
 
     Raises:
-        BadInput: an empty path, a scheme that pyarrow does not know, an option of a URI that it does not know, or
-            credentials inside the URI.
+        BadInput: an empty path, a scheme that pyarrow does not know, an option of a URI that it does not know, a
+            ``file://`` URI with a host, or credentials inside the URI.
         OSError: the region of an S3 bucket could not be found out for now.
     """
     text = os.fspath(path)
@@ -135,12 +135,16 @@ def locate(path: str | os.PathLike[str]) -> Location:
             f"a {match[0]} URI with a password in it: pass credentials by the environment "
             "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)"
         )
-    base, mark, query = text.partition("?") if match[1] != "file" else (text, "", "")
+    if match[1] == "file":
+        if authority not in ("", "localhost"):
+            raise BadInput(f"{text} names a host, {authority}: write three slashes, as in file:///mnt/folder")
+        # Not by pyarrow, to which a glob's ? begins a query, and a * or [ or space is an error.
+        path = unquote(text[match.end() + len(authority) :])
+        return Location(pafs.LocalFileSystem(), os.path.abspath(path or "/"))  # noqa: PTH100 - not resolved
+    base, mark, query = text.partition("?")
     # A glob's * and [ are no URI characters; the file system needs only the bucket, the path is ours.
     bucket = base[match.end() :].partition("/")[0]
     try:
-        if match[1] == "file":
-            return Location(pafs.LocalFileSystem(), pafs.FileSystem.from_uri(text)[1])
         if match[1] == "s3":
             filesystem: pafs.FileSystem = _s3(base, bucket, query)
         else:

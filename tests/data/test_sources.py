@@ -113,6 +113,19 @@ def test_a_file_uri_is_a_local_path(write_rows: Any) -> None:
     assert open_source(f"file://{path}").files[0].path == str(path)
 
 
+@pytest.mark.parametrize("uri", ["file://{}/?%20x.jsonl", "file://{}/[ab] x.jsonl", "file://localhost{}/* x.jsonl"])
+def test_a_file_uri_may_be_a_glob_and_hold_what_other_uris_may_not(tmp_path: Path, write_rows: Any, uri: str) -> None:
+    for name in ("a x", "b x", "cc"):
+        write_rows(f"{name}.jsonl", [{"q": name}])
+    found = open_source(uri.format(tmp_path)).files
+    assert [file.location.name for file in found] == ["a x.jsonl", "b x.jsonl"]
+
+
+def test_a_file_uri_of_another_machine_is_refused() -> None:
+    with pytest.raises(BadInput, match="names a host, data: write three slashes"):
+        open_source("file://data/in.jsonl")
+
+
 def test_a_relative_path_becomes_absolute_so_that_a_worker_finds_it(
     tmp_path: Path, write_rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
