@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         [],
         sum(item.get_closest_marker("fault") is not None for item in items),
     )
-    missing = [name for name in ("grpc", "grpc_tools", "psutil", "uvicorn") if importlib.util.find_spec(name) is None]
+    needed = ("flask", "grpc", "grpc_tools", "moto", "psutil", "uvicorn", "werkzeug")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     reason = f"{', '.join(missing)} not installed here: make test-runtime" if missing else ""
     if not missing and os.environ.get("FLYTE_BATCH_RUNTIME_TESTS") != "1":
         reason = "starts many processes; run it by make test-runtime"

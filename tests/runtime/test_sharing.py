@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -25,6 +24,8 @@ from tests.runtime.project import sharing
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster, Run
+
+psutil = pytest.importorskip("psutil", reason="make test-runtime")
 
 BOTH = pytest.mark.parametrize("solver", ["batching", "continuous"])
 
