@@ -35,7 +35,17 @@ S3_REQUEST_TIMEOUT_S = 10.0
 
 S3_CONNECT_TIMEOUT_S = 5.0
 
-_S3_OPTIONS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
+_S3_TEXTS = ("region", "scheme", "endpoint_override", "tls_ca_file_path")
+_S3_SWITCHES = (
+    "allow_bucket_creation",
+    "allow_bucket_deletion",
+    "allow_delayed_open",
+    "anonymous",
+    "background_writes",
+    "check_directory_existence_before_creation",
+    "force_virtual_addressing",
+)
+_SWITCHED = {"true": True, "1": True, "false": False, "0": False}
 
 # pyarrow puts the text of S3's error where the bytes should go. If it is longer than they are, as it is for a Parquet
 # file's first four, the read fails at once, and is not tried again.
@@ -162,13 +172,20 @@ def locate(path: str | os.PathLike[str]) -> Location:
 
 def _s3(base: str, bucket: str, query: str) -> pafs.S3FileSystem:
     """The file system of an S3 URI. pyarrow's own way from a URI to one takes no timeouts and no retries."""
-    options = dict(parse_qsl(query))
-    for name in options:
-        if name not in _S3_OPTIONS:
+    # Up to 10 MB go in one request if the opening of a file is delayed.
+    options: dict[str, str | bool] = {"allow_delayed_open": True}
+    for name, value in parse_qsl(query):
+        if name in _S3_TEXTS:
+            options[name] = value
+        elif name not in _S3_SWITCHES:
             raise BadInput(
-                f"{base} with the option {name!r}: known are {', '.join(_S3_OPTIONS)}; credentials come from the "
-                "environment (AWS_ACCESS_KEY_ID, ...)"
+                f"{base} with the option {name!r}: known are {', '.join(_S3_TEXTS + _S3_SWITCHES)}; credentials come "
+                "from the environment (AWS_ACCESS_KEY_ID, ...)"
             )
+        elif value.lower() not in _SWITCHED:
+            raise BadInput(f"{base} with the option {name}={value}: give true or false")
+        else:
+            options[name] = _SWITCHED[value.lower()]
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         options.setdefault("endpoint_override", endpoint)
@@ -178,14 +195,13 @@ def _s3(base: str, bucket: str, query: str) -> pafs.S3FileSystem:
 
 
 @functools.cache
-def _s3_filesystem(options: tuple[tuple[str, str], ...]) -> pafs.S3FileSystem:
+def _s3_filesystem(options: tuple[tuple[str, str | bool], ...]) -> pafs.S3FileSystem:
     # One for all files: its connections stay open, and so do the credentials that it fetched.
     return pafs.S3FileSystem(
         **dict(options),  # type: ignore[arg-type]
         request_timeout=S3_REQUEST_TIMEOUT_S,
         connect_timeout=S3_CONNECT_TIMEOUT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-        allow_delayed_open=True,  # type: ignore[call-arg]  # up to 10 MB go in one request
     )
 
 

@@ -157,6 +157,36 @@ def test_an_option_of_an_s3_uri_that_is_not_known_is_refused_and_its_value_is_no
     assert "hunter2" not in str(caught.value)
 
 
+def test_what_pyarrows_s3_file_system_can_be_told_a_uri_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    made = pafs.S3FileSystem
+
+    def make(**options: Any) -> pafs.S3FileSystem:
+        given.append(options)
+        return made(**options)
+
+    monkeypatch.setattr(pafs, "S3FileSystem", make)
+    storage._s3_filesystem.cache_clear()
+    switches = "force_virtual_addressing=true&allow_bucket_creation=1&allow_bucket_deletion=False&anonymous=TRUE"
+    storage.locate(f"s3://bucket/a?region=eu-west-1&allow_delayed_open=0&{switches}")
+    storage.locate("s3://bucket/a?region=eu-west-1")
+    told, usual = given
+    assert told == usual | {
+        "allow_delayed_open": False,
+        "force_virtual_addressing": True,
+        "allow_bucket_creation": True,
+        "allow_bucket_deletion": False,
+        "anonymous": True,
+        "retry_strategy": told["retry_strategy"],
+    }
+    assert usual["allow_delayed_open"] is True
+
+
+def test_a_switch_of_an_s3_uri_that_is_neither_on_nor_off_is_refused() -> None:
+    with pytest.raises(BadInput, match="s3://bucket/a with the option allow_bucket_creation=yes: give true or false"):
+        storage.locate("s3://bucket/a?region=eu-west-1&allow_bucket_creation=yes")
+
+
 def test_files_of_one_bucket_share_connections_and_credentials() -> None:
     one = storage.locate("s3://bucket/a?region=eu-west-1")
     assert storage.locate("s3://bucket/b?region=eu-west-1").fs is one.fs
