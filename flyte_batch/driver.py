@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
 from flyte_batch.data.pandas_import import import_pandas
-from flyte_batch.errors import BadInput, BatcherDied, ChunkFailed, EngineDead, TooManyFailures
+from flyte_batch.errors import BadInput, BatcherDied, ChunkFailed, DeadlineExceeded, EngineDead, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.progress import Progress
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_FAILURE_RATE = 0.5
 FEWEST_ROWS_FOR_DEFAULT_RATE = 100
 """Fewer rows make no rate: three rows of which two are null are no reason to call a run failed."""
+
+MOST_FAILED_ALONE = 3
+"""Chunks that ended their engine or replica alone, after which no more are tried: each costs its attempts."""
 
 RunChunk = Callable[[Chunk], Awaitable[ChunkReport]]
 """Runs one chunk somewhere: a Flyte task, a coroutine function that calls one, or `infer` itself."""
@@ -105,7 +108,8 @@ async def run(
         max_failure_rate: share (0-1) of failed rows above which the run fails; by default `DEFAULT_MAX_FAILURE_RATE`,
             in runs of at least `FEWEST_ROWS_FOR_DEFAULT_RATE` rows. Whatever its value, a run in which no row at all
             was answered fails.
-        max_failed_chunks: chunks that may fail (after their own retries) before no more are started.
+        max_failed_chunks: chunks that may fail (after their own retries) before no more are started; of those whose
+            engine or replica ended, ``concurrency`` more.
         retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output made with other settings instead of refusing.
 
@@ -151,15 +155,16 @@ async def run(
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
 
-    async def answer(todo: Iterable[Chunk], at_once: int) -> list[tuple[Chunk, Exception]]:
-        """Run these chunks until too much has failed; gives the failed ones and why."""
+    async def answer(todo: Iterable[Chunk], at_once: int, most_failed: int, most_lost: int) -> list[_FailedChunk]:
+        """Run these chunks until too many fail by themselves, or in all; gives the failed ones."""
         nonlocal failures
-        failed: list[tuple[Chunk, Exception]] = []
+        failed: list[_FailedChunk] = []
         async with aclosing(fan_out(todo, run_chunk, at_once)) as outcomes:
             async for chunk, outcome in outcomes:
                 if isinstance(outcome, Exception):
-                    failed.append((chunk, outcome))
-                    if len(failed) >= max_failed_chunks or _name(outcome) == BadInput.__name__:
+                    failed.append(_FailedChunk(chunk, outcome))
+                    own = sum(not each.may_be_anothers for each in failed)
+                    if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:
                         break
                     continue
                 failures += outcome.failures
@@ -170,14 +175,21 @@ async def run(
         return failed
 
     try:
-        failed: list[tuple[Chunk, Exception]] = []
+        failed: list[_FailedChunk] = []
         if failures / rows <= rate:
-            failed = await answer((chunk for chunk in chunks if chunk.id not in parts), replicas * concurrency)
-        if 0 < len(failed) < max_failed_chunks and all(_may_be_anothers(error) for _, error in failed):
-            progress.say(f"{_describe(failed, len(chunks))}. They are tried again, one at a time")
-            failed = await answer([chunk for chunk, _ in failed], 1)
+            todo = (chunk for chunk in chunks if chunk.id not in parts)
+            # A chunk may take all down that share its replica: they do not count before they failed alone.
+            failed = await answer(todo, replicas * concurrency, max_failed_chunks, max_failed_chunks + concurrency)
+        own = [each for each in failed if not each.may_be_anothers]
+        again = [each.chunk for each in failed if each.may_be_anothers]
+        hopeless = failures / rows > rate or len(own) >= max_failed_chunks or any(each.is_bad_input for each in own)
+        if again and not hopeless:
+            progress.say(f"{_describe(failed, len(chunks))}. {len(again)} of them are tried again, one at a time")
+            failed = own + await answer(again, 1, MOST_FAILED_ALONE, MOST_FAILED_ALONE)
         if failed:
-            raise ChunkFailed(_describe(failed, len(chunks)) + _remedy(failed, len(chunks), output)) from failed[0][1]
+            raise ChunkFailed(_describe(failed, len(chunks)) + _remedy(failed, len(chunks), output)) from failed[
+                0
+            ].error
         if failures / rows > rate or failures == rows:
             raise TooManyFailures(_describe_failures(failures, rows, rate, output))
         manifest = await asyncio.to_thread(target.commit, chunks)
@@ -295,21 +307,34 @@ def _name(error: Exception) -> str:
     return code if isinstance(code, str) else type(error).__name__
 
 
-def _may_be_anothers(error: Exception) -> bool:
-    """Whether a chunk may have failed for a neighbour's sake: engine or replica, which it shared, ended."""
-    lost = any(kind.__name__ == "RuntimeSystemError" for kind in type(error).__mro__)  # Flyte's, which we don't import
-    return lost or _name(error) in (EngineDead.__name__, BatcherDied.__name__)
+@dataclass(frozen=True)
+class _FailedChunk:
+    chunk: Chunk
+    error: Exception
+
+    @property
+    def is_bad_input(self) -> bool:
+        return _name(self.error) == BadInput.__name__
+
+    @property
+    def may_be_anothers(self) -> bool:
+        """Whether it may have failed for a neighbour's sake: an engine or a replica that they shared ended, or hung."""
+        lost = any(kind.__name__ == "RuntimeSystemError" for kind in type(self.error).__mro__)  # Flyte's, not imported
+        return lost or _name(self.error) in (EngineDead.__name__, BatcherDied.__name__, DeadlineExceeded.__name__)
 
 
-def _describe(failed: list[tuple[Chunk, Exception]], chunks: int) -> str:
-    chunk, error = min(failed, key=lambda each: each[0].index)
-    rows = f"rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1}"
-    return f"{len(failed)} of {chunks} chunks failed; first: chunk {chunk.index} ({rows}): {_name(error)}: {error}"
+def _describe(failed: list[_FailedChunk], chunks: int) -> str:
+    first = min(failed, key=lambda each: each.chunk.index)
+    rows = f"rows {first.chunk.first_row}-{first.chunk.first_row + first.chunk.rows - 1}"
+    return (
+        f"{len(failed)} of {chunks} chunks failed; "
+        f"first: chunk {first.chunk.index} ({rows}): {_name(first.error)}: {first.error}"
+    )
 
 
-def _remedy(failed: list[tuple[Chunk, Exception]], chunks: int, output: str) -> str:
+def _remedy(failed: list[_FailedChunk], chunks: int, output: str) -> str:
     kept = f"What the others wrote to {output} is kept; " if len(failed) < chunks else ""
-    remedy = "fix that, then " if any(_name(each) == BadInput.__name__ for _, each in failed) else ""
+    remedy = "fix that, then " if any(each.is_bad_input for each in failed) else ""
     return f". {kept}{remedy}run the same command again to do the rest"
 
 

@@ -7,6 +7,7 @@ driver, a script. And what a task does to its own environment by waiting for oth
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import json
 import logging
@@ -123,4 +124,7 @@ def _named_by(function: FunctionType) -> Iterator[object]:
 
 
 def _names(code: CodeType) -> set[str]:
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+    """Global names in a function's code; ``co_names`` has those of attributes too."""
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))
+    used = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return used.union(*map(_names, inner))

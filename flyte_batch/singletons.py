@@ -8,6 +8,7 @@ adds what a replica needs beyond that:
 - a value that is an async context manager (every batcher is) is entered once loaded and exited when it is dropped;
 - a value that died (``is_running`` turned false) is dropped, closed, and only then loaded anew by the next caller: a
   device never holds two;
+- with the first load begins the `guard` of the process;
 - every event loop has its own values; those of a loop that was closed are closed by the next call, not orphaned;
 - a singleton whose module is imported anew, or whose notebook cell is executed again, takes the place of the old one
   with its first call: the old one's values are closed before it loads.
@@ -30,6 +31,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from async_lru import alru_cache
 
 from flyte_batch.errors import FlyteBatchError
+from flyte_batch.guard import watch
 from flyte_batch.replica import this_replica
 
 P = ParamSpec("P")
@@ -156,7 +158,7 @@ class _Values(Generic[T]):
 
     async def _close_all(self, known: list[T], loading: set[asyncio.Task[T]]) -> None:
         for value in known:
-            await _close(value)
+            await asyncio.wait([self.close(value)])  # not `await _close`: closing may raise a CancelledError
         for load in loading:
             await asyncio.wait([load])
             await self._close_loaded(load)
@@ -165,7 +167,7 @@ class _Values(Generic[T]):
         """Close what a load gave that nobody asks for any more; nothing if it failed."""
         if not load.cancelled() and load.exception() is None:
             self.drop(load.result())
-            await _close(load.result())
+            await asyncio.wait([self.close(load.result())])
 
     async def _abort(self, load: asyncio.Task[T]) -> None:
         load.cancel()
@@ -200,6 +202,7 @@ class _Values(Generic[T]):
     async def _load_and_enter(
         self, closing: tuple[asyncio.Task[None], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> T:
+        watch()
         if closing:
             await asyncio.wait(closing)
         started = time.monotonic()

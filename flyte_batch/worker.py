@@ -56,8 +56,9 @@ async def infer(
         prompt: a template such as ``"{question}"``, or a function of a row. A prompt without a seed gets its row's
             number in the source, so that an engine that seeds each record samples a row alike in every run.
         finish: post-processing of a response; without it the response is the completion's text.
-        timeout_s: seconds for the whole chunk, a model's load included; one that takes longer is given up. If nobody
-            got an answer meanwhile, the replica ends itself as well: code that hangs on a thread can't be stopped.
+        timeout_s: seconds for the whole chunk, a model's load included; one that takes longer is given up. If the
+            engine was there for half of that, and nobody got an answer, the replica ends itself as well: code that
+            hangs on a thread can't be stopped.
 
     Returns:
         Counts of the chunk, and what its replica's device did meanwhile.
@@ -66,22 +67,24 @@ async def infer(
         BadInput: the source changed since the run was planned, or lacks a column that the prompt reads.
         EngineError: the engine failed every row; nothing was written, so that a retry can do better.
         EngineDead, BatcherDied: the engine died twice within `DEATHS_APART_S`; let another replica try.
-        DeadlineExceeded: ``timeout_s`` was over; says how far the chunk had come.
+        DeadlineExceeded: ``timeout_s`` was over; says what the chunk waited for.
         ValueError: ``timeout_s`` is not positive.
     """
     if timeout_s is not None and timeout_s <= 0:
         raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+    import_pandas()
     guard = watch()
     work = _Work(chunk, solver)
     try:
         async with asyncio.timeout(timeout_s) as deadline:
             return await work.run(prompt, finish)
     except TimeoutError as error:
-        if not deadline.expired():
+        if not deadline.expired() or timeout_s is None:
             raise
-        if why := work.stuck():
-            guard.end_replica_soon(f"{why} for {timeout_s:g} s")
-        raise DeadlineExceeded(f"{work} was not done after {timeout_s:g} s: {work.how_far()}") from error
+        silent_s = work.silent_s()
+        if silent_s > timeout_s / 2:  # less says little of an engine that has just been loaded
+            guard.end_replica_soon(f"the engine is there, but nobody got an answer for {silent_s:.0f} s")
+        raise DeadlineExceeded(f"{work} was not done after {timeout_s:g} s: {work.stage()}") from error
 
 
 class _Work:
@@ -97,22 +100,17 @@ class _Work:
         chunk = self._chunk
         return f"chunk {chunk.index} (rows {chunk.first_row}-{chunk.first_row + chunk.rows - 1})"
 
-    def how_far(self) -> str:
-        """For a message: ``12 of 200 rows were left``."""
+    def stage(self) -> str:
+        """What it is at, for a message."""
         if self._task is None:
             return "its rows were not read yet"
         if self._use is None:
             return "the model was still loading"
-        left = self._task.left
-        return f"{left} of {self._chunk.rows} rows were left" if left else "its part was being written"
+        return "its rows were being answered" if self._task.left else "its part was being written"
 
-    def stuck(self) -> str:
-        """Why no other call of this process would do better; empty if one may."""
-        if self._use is None or not self._use.nobody_got_an_answer:
-            return ""
-        if self._use.nothing_was_asked:
-            return "no prompt got ready"
-        return "the engine gave nobody an answer"
+    def silent_s(self) -> float:
+        """Seconds since the engine is there, if it gave nobody an answer meanwhile; else 0."""
+        return self._use.silent_s if self._use is not None else 0.0
 
     async def run(self, prompt: str | PromptTemplate | PromptFunction, finish: FinishFunction | None) -> ChunkReport:
         """See `infer`."""
@@ -120,7 +118,6 @@ class _Work:
 
         chunk = self._chunk
         started, started_at = time.monotonic(), time.time()
-        import_pandas()
         table = await asyncio.to_thread(read_chunk, chunk)
         columns = prompt_columns(prompt)
         missing = [column for column in columns or () if column not in table.column_names]
@@ -256,15 +253,14 @@ class _DeviceWatch:
     def __init__(self, batcher: EngineOwner[Any, Completion, Any], since: float) -> None:
         self._batcher = batcher
         self._before = batcher.stats
+        self._made = time.monotonic()
         self._from = since
 
     @property
-    def nothing_was_asked(self) -> bool:
-        return self._batcher.stats.total_submitted == self._before.total_submitted
-
-    @property
-    def nobody_got_an_answer(self) -> bool:
-        return self._batcher.stats.total_completed == self._before.total_completed
+    def silent_s(self) -> float:
+        """Seconds since this was made, if the batcher gave nobody an answer meanwhile; else 0."""
+        answered = self._batcher.stats.total_completed - self._before.total_completed
+        return 0.0 if answered else time.monotonic() - self._made
 
     def until_now(self) -> DeviceUse:
         stats = self._batcher.stats

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": set(),
     "progress": set(),
     "fingerprint": set(),
-    "singletons": {"replica"},
+    "singletons": {"guard", "replica"},
     "environments": {"replica"},
     "options": set(),
     "prompts": set(),

@@ -86,16 +86,16 @@ async def test_a_failed_chunk_leaves_the_others_committed_and_a_re_run_does_only
 
 
 class Shared(Worker):
-    """Chunks that run at once share an engine; the poison one ends it once all of the first four do."""
+    """Chunks that run at once share an engine; the poison one ends it once the first ``together`` all use it."""
 
-    def __init__(self, poison: int, error: Exception) -> None:
+    def __init__(self, poison: int, error: Exception, together: int = 4) -> None:
         super().__init__()
-        self.poison, self.error_of_all = poison, error
+        self.poison, self.error_of_all, self.together = poison, error, together
         self.ended = asyncio.Event()
 
     async def __call__(self, chunk: fb.Chunk) -> fb.ChunkReport:
-        shares = chunk.index < 4 and not self.ended.is_set()
-        if chunk.index == 3:
+        shares = chunk.index < self.together and not self.ended.is_set()
+        if chunk.index == self.together - 1:
             self.ended.set()
         if shares:
             await self.ended.wait()
@@ -104,32 +104,68 @@ class Shared(Worker):
             raise self.error_of_all
         return await super().__call__(chunk)
 
+    @property
+    def tried(self) -> list[int]:
+        return sorted(chunk.index for chunk in self.chunks)
+
 
 class RuntimeSystemError(Exception):
     """As Flyte's: the replica was lost."""
 
 
-@pytest.mark.parametrize("error", [fb.EngineDead("gone"), fb.BatcherDied("gone"), RuntimeSystemError("lost")])
-async def test_chunks_that_failed_with_a_poison_chunk_are_answered_without_it(tmp_path: Path, error: Exception) -> None:
-    worker = Shared(2, error)
-    with pytest.raises(fb.ChunkFailed, match=r"1 of 10 chunks failed; first: chunk 2 \(rows 20-29\)"):
-        await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
-    assert sorted(chunk.index for chunk in worker.chunks) == [0, 0, 1, 1, 2, 2, 3, 3, *range(4, 10)]
+@pytest.mark.parametrize("together", [4, 10])
+@pytest.mark.parametrize(
+    "error", [fb.EngineDead("gone"), fb.BatcherDied("gone"), fb.DeadlineExceeded("hangs"), RuntimeSystemError("lost")]
+)
+async def test_chunks_that_failed_with_a_poison_chunk_are_answered_without_it(
+    tmp_path: Path, error: Exception, together: int
+) -> None:
+    source, worker = questions(tmp_path / "in.jsonl", 200), Shared(2, error, together)
+    with pytest.raises(fb.ChunkFailed, match=r"1 of 20 chunks failed; first: chunk 2 \(rows 20-29\)"):
+        await go(source, tmp_path / "out", worker, chunk_size=10, concurrency=together)
+    assert worker.tried == sorted([*range(20), *range(together)])
     worker.poison = -1  # mended
-    again = await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10)
-    assert (again.rows, again.chunks_reused) == (100, 9)
+    again = await go(source, tmp_path / "out", worker, chunk_size=10)
+    assert (again.rows, again.chunks_reused) == (200, 19)
+
+
+async def test_a_chunk_that_fails_by_itself_does_not_keep_the_others_from_being_tried_again(tmp_path: Path) -> None:
+    worker = Shared(2, fb.EngineDead("gone"))
+    worker.fail = {7}
+    with pytest.raises(fb.ChunkFailed, match=r"2 of 10 chunks failed"):
+        await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
+    assert worker.tried == sorted([*range(10), *range(4)])
 
 
 async def test_a_chunk_that_failed_by_itself_is_not_tried_again(tmp_path: Path) -> None:
     worker = Shared(2, OSError("the prompt's own"))
     with pytest.raises(fb.ChunkFailed, match="4 of 10 chunks failed"):
         await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
-    assert len(worker.chunks) == 10
+    assert worker.tried == list(range(10))
+
+
+async def test_of_a_run_with_bad_input_no_chunk_is_tried_again(tmp_path: Path) -> None:
+    worker = Shared(2, fb.EngineDead("gone"))
+    worker.prompt = "{question}{missing}"
+    with pytest.raises(fb.ChunkFailed, match="fix that, then run the same command"):
+        await go(questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker, chunk_size=10, concurrency=4)
+    assert len(worker.tried) == len(set(worker.tried))
+
+
+async def test_engines_that_always_end_cost_a_replicas_chunks_more_and_a_few_alone(tmp_path: Path) -> None:
+    worker = Worker()
+    worker.fail, worker.error = set(range(100)), fb.EngineDead
+    with pytest.raises(fb.ChunkFailed, match="3 of 100 chunks failed"):
+        await go(
+            questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,
+            chunk_size=1, concurrency=2, max_failed_chunks=5,
+        )  # fmt: skip
+    assert len(worker.chunks) <= (5 + 2) + 1 + 3
 
 
 async def test_when_too_many_chunks_fail_no_more_are_started(tmp_path: Path) -> None:
     worker = Worker()
-    worker.fail, worker.error = set(range(100)), fb.EngineDead
+    worker.fail = set(range(100))
     with pytest.raises(fb.ChunkFailed, match="3 of 100 chunks failed"):
         await go(
             questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,

@@ -361,6 +361,13 @@ def test_tasks_are_found_in_inner_functions_and_nothing_is_loaded_to_find_them()
     assert environments_called(generate.main.func) == {"generate-cpu", "generate-gpu"}
 
 
+def test_an_attribute_is_not_taken_for_a_task_of_its_name() -> None:
+    async def driver() -> object:
+        return await lazy.answer_elsewhere("what?")
+
+    assert environments_called(driver) == set()
+
+
 @pytest.mark.parametrize("workflow", [generate, gsm8k])
 def test_our_own_workflows_are_silent(workflow: ModuleType, warnings: Callable[[], list[str]]) -> None:
     for environment in (workflow.cpu_replicas, workflow.gpu_replicas):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import flyte_batch as fb
-from flyte_batch import singletons
+from flyte_batch import guard, singletons
 from flyte_batch.errors import FlyteBatchError
 from flyte_batch.replica import ReplicaSettings
 from flyte_batch.singletons import Singleton
@@ -526,3 +526,14 @@ async def test_a_load_that_takes_longer_than_idle_replicas_live_is_warned_of(
     warned = "61 s to load, and idle replicas of the environment 'solver-a10g' end after 60 s" in caplog.text
     assert warned == (seconds > 60)
     assert ("a longer idle_ttl" in caplog.text) == warned
+
+
+async def test_a_process_that_loads_is_guarded() -> None:
+    @fb.singleton
+    async def value() -> object:
+        return object()
+
+    loop = asyncio.get_running_loop()
+    assert loop not in guard._guards
+    await value()
+    assert guard._guards[loop].thread.is_alive()

@@ -312,9 +312,9 @@ async def test_a_chunk_that_takes_too_long_is_given_up_and_its_records_are_taken
 
     solver = continuous_solver(answer)
     with pytest.raises(
-        fb.DeadlineExceeded, match=r"chunk 0 \(rows 0-2\) was not done after 0.2 s: 3 of 3 rows were left"
+        fb.DeadlineExceeded, match=r"chunk 0 \(rows 0-2\) was not done after 2 s: its rows were being answered"
     ):
-        await fb.infer(chunk, solver, prompt="{question}", timeout_s=0.2)
+        await fb.infer(chunk, solver, prompt="{question}", timeout_s=2)
     assert read_part_info(locate(chunk.output).child(chunk.part), chunk) is None
     batcher = await solver()
     assert (batcher.stats.running, batcher.stats.queued) == (0, 0)
@@ -325,11 +325,11 @@ async def test_a_chunk_that_takes_too_long_is_given_up_and_its_records_are_taken
 async def test_the_deadline_says_what_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
     with pytest.raises(fb.DeadlineExceeded, match="the model was still loading"):
-        await fb.infer(chunk, fb.singleton(never), prompt="{question}", timeout_s=0.2)
+        await fb.infer(chunk, fb.singleton(never), prompt="{question}", timeout_s=2)
     release = threading.Event()
     monkeypatch.setattr(parts, "write_part", lambda *_: release.wait(20))
     with pytest.raises(fb.DeadlineExceeded, match="its part was being written"):
-        await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", timeout_s=1)
+        await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", timeout_s=3)
     release.set()
 
 
