@@ -79,12 +79,11 @@ class Singleton(Generic[P, T]):
                 values.end(theirs)
         for loop in [loop for loop in self._loops if loop.is_closed()]:
             values.end(self._loops.pop(loop))
-        value: T = await values.cached(*args, **kwargs)
+        value = await values.get(*args, **kwargs)
         if getattr(value, "is_running", True):
             return value
         await self.discard(value)
-        renewed: T = await values.cached(*args, **kwargs)
-        return renewed
+        return await values.get(*args, **kwargs)
 
     async def discard(self, value: T) -> None:
         """Drop a value, for one that does not work any more, and close it; does nothing if it was dropped already."""
@@ -134,31 +133,40 @@ class _Values(Generic[T]):
         self._values: dict[Hashable, tuple[T, tuple[Any, ...], dict[str, Any]]] = {}
         self._loading: set[asyncio.Task[T]] = set()
         self._closing: set[asyncio.Task[None]] = set()
-        self.cached = alru_cache(maxsize=None)(self._load)
+        self._ends = 0  # how often all were closed; part of the cache's keys, so that what is late meets no new entry
+        self._cached = alru_cache(maxsize=None)(self._load)
+
+    async def get(self, *args: Any, **kwargs: Any) -> T:
+        value: T = await self._cached(self._ends, *args, **kwargs)
+        return value
 
     def drop(self, value: T) -> bool:
         for key, (known, args, kwargs) in list(self._values.items()):
             if known is value:
                 del self._values[key]
-                self.cached.cache_invalidate(*args, **kwargs)
+                self._cached.cache_invalidate(*args, **kwargs)
                 return True
         return False
 
     def close(self, value: T) -> asyncio.Task[None]:
-        """Begin to close a dropped value; nothing is loaded meanwhile."""
+        """Begin to close a dropped value; nothing is loaded meanwhile.
+
+        Its own task, to be waited for by `asyncio.wait`: a CancelledError that closing raises is not the waiter's.
+        """
         return self._close_by(_close(value))
 
     def end(self, values: _Values[T]) -> asyncio.Task[None]:
         """Begin to close all of these values, its own or another's, and those that are being loaded."""
         known = [value for value, _, _ in values._values.values()]
         values._values.clear()
-        values.cached.cache_clear()
+        values._cached.cache_clear()
+        values._ends += 1
         here = asyncio.get_running_loop()
         return self._close_by(values._close_all(known, {load for load in values._loading if load.get_loop() is here}))
 
     async def _close_all(self, known: list[T], loading: set[asyncio.Task[T]]) -> None:
         for value in known:
-            await asyncio.wait([self.close(value)])  # not `await _close`: closing may raise a CancelledError
+            await asyncio.wait([self.close(value)])
         for load in loading:
             await asyncio.wait([load])
             await self._close_loaded(load)
@@ -180,13 +188,12 @@ class _Values(Generic[T]):
         task.add_done_callback(self._closing.discard)
         return task
 
-    async def _load(self, *args: Any, **kwargs: Any) -> T:
-        if not self.cached.cache_contains(*args, **kwargs):  # everything was closed before this began
-            again: T = await self.cached(*args, **kwargs)
-            return again
+    async def _load(self, ends: int, *args: Any, **kwargs: Any) -> T:
+        if self._ends > ends:  # everything was closed before this began
+            return await self.get(*args, **kwargs)
         # Its own task, for its context: what the value starts must not inherit the first caller's. It waits for what
         # is being closed now, not later, because that may wait for this very load.
-        work = self._load_and_enter(tuple(self._closing), args, kwargs)
+        work = self._load_and_enter(tuple(self._closing), ends, args, kwargs)
         load = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._loading.add(load)
         load.add_done_callback(self._loading.discard)
@@ -195,12 +202,14 @@ class _Values(Generic[T]):
         except asyncio.CancelledError:
             self._close_by(self._abort(load))
             raise
+        if self._ends > ends:  # everything was closed meanwhile, and what this loaded is next
+            return await self.get(*args, **kwargs)
         if load.cancelled():
             raise FlyteBatchError(f"{self._name} raised a CancelledError that was not its callers': see what it awaits")
         return load.result()
 
     async def _load_and_enter(
-        self, closing: tuple[asyncio.Task[None], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, closing: tuple[asyncio.Task[None], ...], ends: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> T:
         watch()
         if closing:
@@ -211,9 +220,9 @@ class _Values(Generic[T]):
             try:
                 value = await value.__aenter__()
             except BaseException:
-                await _close(value)
+                await asyncio.wait([self.close(value)])
                 raise
-        self._values[(args, tuple(kwargs.items()))] = value, args, kwargs
+        self._values[(ends, args, tuple(kwargs.items()))] = value, (ends, *args), kwargs
         _warn_if_idle_replicas_end_sooner(self._name, time.monotonic() - started)
         return value
 

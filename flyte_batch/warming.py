@@ -26,7 +26,8 @@ _warm: weakref.WeakSet[EngineOwner[Any, Completion, Any]] = weakref.WeakSet()
 async def warm_up(solver: Solver, prompt: str = "Hello", timeout_s: float = 30.0) -> None:
     """In a replica: load the process's engine, and let one record through it, so that no row pays for first times.
 
-    An engine gets that record once. If it is refused or takes too long, that is logged and the engine left as it is.
+    An engine gets that record once, or again if the call that brought it was cancelled. If it is refused or takes too
+    long, that is logged and the engine left as it is.
 
     Args:
         solver: gives the process's engine and batcher: the same `singleton`, with the same arguments, as for `infer`.
@@ -43,6 +44,9 @@ async def warm_up(solver: Solver, prompt: str = "Hello", timeout_s: float = 30.0
     try:
         record = await asyncio.to_thread(batcher.engine.prepare, Prompt(prompt))
         await (await batcher.submit(record, timeout_s=timeout_s))
+    except asyncio.CancelledError:
+        _warm.discard(batcher)
+        raise
     except Exception as error:
         logger.warning(
             "the engine is loaded, but did not answer its first record (%s: %s)", type(error).__name__, error

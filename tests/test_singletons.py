@@ -423,6 +423,38 @@ async def test_a_value_whose_closing_raises_a_cancellation_cancels_no_caller() -
     await resource.aclose()
 
 
+async def test_values_whose_closing_raises_a_cancellation_keep_none_from_being_closed() -> None:
+    class Leaking(Device):
+        async def __aexit__(self, *_: object) -> None:
+            await super().__aexit__(None, None, None)
+            raise asyncio.CancelledError
+
+    module = Module(Device=Leaking)
+    text = CELL.replace("device()", "device(number)")
+    former: Any = module.execute(text)
+    values = [await former(number) for number in range(3)]
+    latest: Any = module.execute(text)
+    await latest(0)
+    assert [value.exited for value in values] == [1, 1, 1]
+    assert (Leaking.alive, Leaking.most) == (1, 3)
+
+
+async def test_the_error_of_a_value_that_cannot_be_entered_is_told_even_if_closing_it_raises_a_cancellation() -> None:
+    class Broken(Resource):
+        async def __aenter__(self) -> Resource:
+            raise OSError("the device is gone")
+
+        async def __aexit__(self, *_: object) -> None:
+            raise asyncio.CancelledError
+
+    @fb.singleton
+    async def resource() -> Resource:
+        return Broken()
+
+    with pytest.raises(OSError, match="the device is gone"):
+        await resource()
+
+
 async def test_a_load_that_was_cancelled_has_ended_before_the_next_one_begins() -> None:
     module = Module()
     begun, cleaning, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -472,24 +504,36 @@ async def test_a_value_that_was_ready_as_its_only_caller_was_cancelled_is_closed
     assert [value.exited for value in made] == [1, 0]
 
 
-async def test_closing_while_a_value_is_being_loaded_closes_that_too() -> None:
+@pytest.mark.parametrize("says_that_it_runs", [True, False])
+@pytest.mark.parametrize("asked_meanwhile", [True, False])
+async def test_closing_while_a_value_is_being_loaded_closes_that_too(
+    says_that_it_runs: bool, asked_meanwhile: bool
+) -> None:
     began, gate = asyncio.Event(), asyncio.Event()
     made: list[Resource] = []
+
+    class Silent(Resource):
+        def __init__(self) -> None:
+            super().__init__()
+            if not says_that_it_runs:
+                del self.is_running
 
     @fb.singleton
     async def resource() -> Resource:
         began.set()
         await gate.wait()
-        made.append(Resource())
+        made.append(Silent())
         return made[-1]
 
     caller = asyncio.create_task(resource())
     await began.wait()
     closing = asyncio.create_task(resource.aclose())
     await asyncio.sleep(0)
+    another = asyncio.create_task(resource()) if asked_meanwhile else None
     gate.set()
     await closing
     assert await caller is await resource() is made[1]  # its caller was not left with a closed one
+    assert another is None or await another is made[1]
     assert [value.exited for value in made] == [1, 0]
 
 

@@ -72,6 +72,32 @@ class TestInTheReplica:
         (answered,) = await (await solver()).map([engine.prepare(fb.Prompt("a row"))])
         assert answered.text == "a row"
 
+    async def test_an_engine_whose_first_record_was_cancelled_is_warmed_up_by_the_next_call(self) -> None:
+        asked: list[str] = []
+        began = asyncio.Event()
+
+        async def answer(text: str) -> str:
+            asked.append(text)
+            if not began.is_set():
+                began.set()
+                await asyncio.Event().wait()
+            return text
+
+        engine = fb.FakeContinuousEngine(answer)
+
+        @fb.singleton
+        async def solver() -> fb.ContinuousBatcher:
+            return fb.ContinuousBatcher(engine)
+
+        first = asyncio.create_task(fb.warm_up(solver))
+        await began.wait()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        for _ in range(2):
+            await fb.warm_up(solver)
+        assert asked == ["Hello", "Hello"]
+
     async def test_a_load_that_fails_is_the_callers_error(self) -> None:
         @fb.singleton
         async def solver() -> fb.EngineBatcher:
