@@ -94,8 +94,9 @@ class Guard:
                 if self._loop.is_closed():
                     return
                 now = time.monotonic()
-                # Where the whole process was stopped, this thread was too: that is nobody's fault.
-                stands_s += min(now - looked, 2 * LOOK_EVERY_S)
+                if self._loop.is_running():  # an asyncio.Runner's rests between two calls
+                    # Where the whole process was stopped, this thread was too: that is nobody's fault.
+                    stands_s += min(now - looked, 2 * LOOK_EVERY_S)
                 looked = now
                 if stands_s > WARN_AFTER_S and not culprit:
                     culprit = self._warn(stands_s)
@@ -154,7 +155,10 @@ def whose(frame: FrameType) -> tuple[str, int]:
 
 
 def _end(why: str = "") -> NoReturn:
-    """Kill every process below this one, and end it; nothing that Python or a library does at exit may stop that."""
+    """Kill every process below this one, and end it; nothing that Python or a library does at exit may stop that.
+
+    What its reapers know, an engine's processes that lost their parent, they kill once it is gone.
+    """
     if why:
         logger.critical("%s: this replica ends itself, so that a sound one takes its place", why)
     kill_below(os.getpid())

@@ -15,6 +15,8 @@ from pathlib import Path
 _REAPER = "import sys; sys.path.insert(0, sys.argv[1]); from flyte_batch.processes import reap; reap()"
 _LOOK_EVERY_S = 0.5
 
+_reapers: set[int] = set()
+
 
 def process_table() -> dict[int, tuple[int, int]]:
     """id -> (parent's id, start in clock ticks since boot) of all processes but zombies; empty without ``/proc``."""
@@ -33,11 +35,13 @@ def process_table() -> dict[int, tuple[int, int]]:
 def kill_below(pid: int) -> list[int]:
     """Kill every process that a process started, and those that these did; does nothing without ``/proc``.
 
+    This process's reapers are spared: they alone know what lost its parent, and kill that at this process's end.
+
     Returns:
         Their ids.
     """
     killed: set[int] = set()
-    while below := _below(pid) - killed:  # until none is left: one may have started another meanwhile
+    while below := _below(pid) - killed - _reapers:  # until none is left: one may have started another meanwhile
         for each in below:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
@@ -80,6 +84,7 @@ class Reaper:
                 [sys.executable, "-c", _REAPER, str(Path(__file__).parent.parent)],
                 stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
+            _reapers.add(self._process.pid)
         assert self._process.stdin is not None  # noqa: S101  for the type checker
         self._told = dict(known)
         with suppress(BrokenPipeError):
@@ -91,6 +96,7 @@ class Reaper:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+            _reapers.discard(self._process.pid)
             self._process = None
             self._told = {}
 

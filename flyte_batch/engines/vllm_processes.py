@@ -23,7 +23,7 @@ _LOOK_EVERY_S = 0.05
 
 
 class EngineProcesses:
-    """Everything that one start of vLLM started, and nothing else; make it before, `look` while and after.
+    """Everything that one start of vLLM started, and nothing else; make it before, `look` meanwhile, then `started`.
 
     A process is known by its id and the moment it started, so that an id that the system gave away again is never
     taken for it. Where there is no ``/proc`` (not Linux) only the core processes are known.
@@ -31,15 +31,17 @@ class EngineProcesses:
 
     def __init__(self) -> None:
         self._before = {child.pid for child in multiprocessing.active_children()}
+        self._starting = True
         self._roots: dict[int, multiprocessing.process.BaseProcess] = {}
         self._known: dict[int, int] = {}
         self._reaper = Reaper()
 
     def look(self) -> None:
-        """Take note of core processes that are new since this was made, and of all that runs below them."""
-        for child in multiprocessing.active_children():
-            if child.pid is not None and child.pid not in self._before and child.name.startswith(_ROOTS):
-                self._roots.setdefault(child.pid, child)
+        """Take note of all that runs below what is known and, until `started`, of core processes that are new."""
+        if self._starting:
+            for child in multiprocessing.active_children():
+                if child.pid is not None and child.pid not in self._before and child.name.startswith(_ROOTS):
+                    self._roots.setdefault(child.pid, child)
         table = process_table()
         ours = {pid for pid, started in self._known.items() if pid in table and table[pid][1] == started}
         ours |= {pid for pid, root in self._roots.items() if root.is_alive()}
@@ -47,8 +49,14 @@ class EngineProcesses:
         while newer:
             newer = {pid for pid, (parent, _) in table.items() if parent in ours} - ours
             ours |= newer
-        self._known.update({pid: table[pid][1] for pid in ours if pid in table})
-        self._reaper.tell(self._known)
+        running = {pid: table[pid][1] for pid in ours if pid in table}
+        self._known.update(running)
+        self._reaper.tell(running)
+
+    def started(self) -> None:
+        """The start is over, well or not: look once more. Core processes that come later are another engine's."""
+        self.look()
+        self._starting = False
 
     @property
     def alive(self) -> list[int]:

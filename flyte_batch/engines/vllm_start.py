@@ -456,4 +456,4 @@ def _watched(launch: Launch) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        processes.look()
+        processes.started()
