@@ -103,5 +103,4 @@ def test_an_engine_that_has_ended_starts_no_reaper_anew(start_core: StartCore) -
     assert reaper not in process_table()
     left = children()
     processes.look()
-    processes.end(0)
     assert children() == left

@@ -20,7 +20,7 @@ from flyte_batch.engines import VLLMEngine, choose_engine, start_engine, vllm_st
 from flyte_batch.engines.vllm_processes import EngineProcesses
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
 from flyte_batch.processes import process_table
-from flyte_batch.records import Prompt, SamplingParameters, StructuredOutput
+from flyte_batch.records import Completion, Prompt, SamplingParameters, StructuredOutput
 from tests.helpers import ENVIRONMENT, ROOT
 from tests.vllm_cpu.starting import FAST, MODEL, Start, start_demo
 
@@ -91,6 +91,13 @@ class TestDeath:
         while not engine.errored:
             assert time.monotonic() - killed < 5
             await asyncio.sleep(0.01)
+
+    async def test_an_engine_that_ends_leaves_one_that_started_later_alone(self, start: Start) -> None:
+        first, second = await start(), await start()
+        await first.aclose()
+        assert not second.errored
+        (result,) = await second.infer([second.prepare(Prompt("Ben has 3 cups."))])
+        assert isinstance(result, Completion)
 
     async def test_an_engine_of_a_closed_loop_can_be_closed_from_another(self) -> None:
         def elsewhere() -> VLLMEngine:
