@@ -6,6 +6,7 @@ What is played, and how:
 - A reusable task goes to the pool of its environment, to the replica with the fewest calls. A pool starts all of its
   replicas at once, so that a test knows how many there are, and replaces one that ended, as Kubernetes does.
 - Any other task is a process of its own.
+- An attempt on a replica that takes longer than its task's ``timeout`` is cancelled there, and has failed.
 - An attempt that failed is repeated as often as the task's ``retries`` say, at once; where the replica failed, not the
   task, on another one. A lost replica counts as a failed attempt. The last attempt's error goes to the parent.
 """
@@ -191,11 +192,19 @@ class Pool:
                 raise
 
     async def run(
-        self, call: str, command: list[str], env: dict[str, str], abort: asyncio.Event, *, avoid: str | None
+        self,
+        call: str,
+        command: list[str],
+        env: dict[str, str],
+        abort: asyncio.Event,
+        *,
+        timeout_s: float | None,
+        avoid: str | None,
     ) -> tuple[str, End, str]:
         """Run a call on the least loaded replica that has room; gives its name, the end and the bridge's reason.
 
         Args:
+            timeout_s: seconds on the replica after which it is cancelled.
             avoid: a replica that just failed this call. One that dies says so some 50 ms before it is gone, and would
                 be given the next attempts as well, for it has the fewest calls.
         """
@@ -208,11 +217,13 @@ class Pool:
             ended = replica.worker.assign(call, command, env)
         aborted = asyncio.create_task(abort.wait())
         try:
-            await asyncio.wait((ended, aborted), return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
+            await asyncio.wait((ended, aborted), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if aborted.done():
                 replica.worker.abort(call)
+            elif not ended.done():
+                replica.worker.abort(call, End.TIMED_OUT, f"the task took longer than {timeout_s:g} s")
             end, reason = await ended
-            if end is End.ABORTED:
+            if end in (End.ABORTED, End.TIMED_OUT):
                 await replica.worker.freed()
         finally:
             aborted.cancel()
@@ -361,7 +372,8 @@ class Cluster:
             last = action.attempts[-1] if action.attempts else None
             failed_at = last.where if last is not None and last.end is not End.RETURNED else None
             call = f"{run.name}-{action.name}-{number}"
-            return await pool.run(call, command, identity, action.abort, avoid=failed_at)
+            timeout_s = template.metadata.timeout.ToTimedelta().total_seconds() or None
+            return await pool.run(call, command, identity, action.abort, timeout_s=timeout_s, avoid=failed_at)
         return await self._run_process(run, command, {**env, **identity}, outputs, action.abort)
 
     def _pool(self, custom: Any, env: dict[str, str]) -> Pool:
@@ -403,7 +415,7 @@ def _version(bundle: Path) -> str:
 
 def _error(outputs: Path, end: End, reason: str) -> execution_pb2.ExecutionError | None:
     """The error of an attempt: what its task wrote, or what happened to the replica."""
-    if (outputs / "error.pb").exists():
+    if (outputs / "error.pb").exists() and end is not End.TIMED_OUT:
         error = execution_pb2.ErrorDocument.FromString((outputs / "error.pb").read_bytes()).error
         return execution_pb2.ExecutionError(code=error.code, message=error.message, kind=error.origin)
     if end is End.RETURNED:

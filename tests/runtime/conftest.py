@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import ROOT
 from tests.image_environments import build_bundle
 from tests.runtime.jobs import SLOW, Job
-from tests.runtime.reliability import MARKED, OUTCOMES, Outcome
+from tests.runtime.reliability import OUTCOMES, SKIPPED, Outcome, beginning
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster
@@ -29,10 +29,7 @@ _ = importlib.import_module("pandas").DataFrame
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    config.stash[OUTCOMES], config.stash[MARKED] = (
-        [],
-        sum(item.get_closest_marker("fault") is not None for item in items),
-    )
+    config.stash[OUTCOMES], config.stash[SKIPPED] = {}, {}
     needed = ("flask", "grpc", "grpc_tools", "moto", "psutil", "uvicorn", "werkzeug")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     reason = f"{', '.join(missing)} not installed here: make test-runtime" if missing else ""
@@ -49,9 +46,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     fault = item.get_closest_marker("fault")
+    if fault is not None and report.skipped:
+        item.config.stash[SKIPPED][item.nodeid] = beginning(*fault.args)
     if fault is not None and report.when == "call" and report.passed:
         seen = dict(report.user_properties)
-        item.config.stash[OUTCOMES].append(Outcome(*fault.args, **seen, seconds=report.duration))
+        item.config.stash[OUTCOMES][item.nodeid] = Outcome(*fault.args, **seen, seconds=report.duration)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,15 +62,32 @@ class Job:
             await asyncio.sleep(0.01)
 
     def check(self, summary: fb.RunSummary, *, failures: int = 0) -> None:
-        """Every row is there exactly once, in order, and right."""
+        """Every row is there exactly once, in order, and right, and no process is left behind (or is for 10 s)."""
+        import psutil
+
         assert (summary.rows, summary.failures, summary.chunks) == (ROWS, failures, ROWS // CHUNK_ROWS)
         table = fb.read_output(str(self.output))
         assert table["question"].to_pylist() == [p.question for p in generate(ROWS, 31)]
         right = sum(is_right(row["response"] or "", row["answer"]) for row in table.to_pylist())
         assert right >= 0.99 * ROWS - failures
+        _, left = psutil.wait_procs(orphans(self.cluster), timeout=10)
+        assert left == []
         self._record("rows", table.num_rows)
         self._record("failures", failures)
         self._record("repeated", sum(len(lost(run)) for run in self.cluster.runs.values()))
+
+
+def orphans(cluster: Cluster) -> list[Any]:
+    """Processes of the cluster, by the home folder that they inherit, whose bridge or driver is gone."""
+    import psutil
+
+    ours = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HOME") == str(cluster.folder):
+                ours.append(process)
+    below = set(psutil.Process().children(recursive=True))
+    return [process for process in ours if process not in below]
 
 
 def lost(run: Run) -> list[Any]:

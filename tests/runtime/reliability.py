@@ -14,9 +14,9 @@ HEADER = (
     "| what breaks | what happens | rows | of them failed | attempts repeated | seconds |\n|---|---|---|---|---|---|\n"
 )
 
-OUTCOMES = pytest.StashKey[list["Outcome"]]()
-MARKED = pytest.StashKey[int]()
-"""In pytest's stash: what was seen so far, and how many tests of this session are marked."""
+OUTCOMES = pytest.StashKey[dict[str, "Outcome"]]()
+SKIPPED = pytest.StashKey[dict[str, str]]()
+"""In pytest's stash, by test: what those that passed saw, and how the rows of those begin that can't be run here."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Outcome:
     @property
     def lasting(self) -> str:
         """The part of the line that is alike in every run."""
-        return f"| {self.fault} | {self.told} | {self.rows:,} | {self.failures} |"
+        return f"{beginning(self.fault, self.told)} {self.rows:,} | {self.failures} |"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -59,9 +59,15 @@ def write(outcomes: list[Outcome]) -> None:
     DOCUMENT.write_text(f"{before}{BEGIN}\n{table(outcomes)}\n{END}{after}")
 
 
-def missing(outcomes: list[Outcome]) -> list[str]:
-    """Lines that the document lacks, or has too many: they start with + and -."""
+def beginning(fault: str, told: str) -> str:
+    return f"| {fault} | {told} |"
+
+
+def missing(outcomes: list[Outcome], skipped: tuple[str, ...]) -> list[str]:
+    """Lines that the document lacks, or has too many: they start with + and -. Those that begin so may be in it."""
     within = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip().removeprefix(HEADER)
     known = [line.rsplit("|", 3)[0].rstrip() + " |" for line in within.splitlines()]
     seen = [outcome.lasting for outcome in outcomes]
-    return [f"+ {line}" for line in seen if line not in known] + [f"- {line}" for line in known if line not in seen]
+    return [f"+ {line}" for line in seen if line not in known] + [
+        f"- {line}" for line in known if line not in seen and not line.startswith(skipped)
+    ]

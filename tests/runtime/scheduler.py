@@ -25,6 +25,7 @@ class End(Enum):
     FAILED = "the replica says that it could not run it to its end"
     LOST = "the replica went away with it"
     ABORTED = "it was cancelled from outside"
+    TIMED_OUT = "it took longer than the timeout of its task"
 
 
 _ENDS = {6: End.RETURNED, 7: End.FAILED, 8: End.FAILED, 10: End.ABORTED}
@@ -58,11 +59,11 @@ class Worker:
         self._order(call, _ASSIGN, cmd=command, env_vars=env, exec_id=run)
         return self.calls[call]
 
-    def abort(self, call: str) -> None:
+    def abort(self, call: str, end: End = End.ABORTED, reason: str = "") -> None:
         """Cancel a call; does nothing if it has ended."""
         if call in self.calls:
             self._order(call, _DELETE)
-            self._end(call, End.ABORTED, "")
+            self._end(call, end, reason)
 
     def lose(self) -> None:
         """The replica is gone, and every call on it."""

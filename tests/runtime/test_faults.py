@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import flyte_batch as fb
-from tests.runtime.jobs import CHUNK_ROWS, ROWS, SLOW, Job, lost
+from tests.runtime.jobs import CHUNK_ROWS, ROWS, SLOW, Job, lost, orphans
 
 if TYPE_CHECKING:
     from tests.runtime.cluster import Cluster, Run
@@ -283,25 +283,69 @@ async def test_a_replica_whose_loop_is_blocked_for_ever_ends_itself(broken: Brok
 
 @pytest.mark.fault(
     "the engine hangs",
-    "after chunk_timeout_s its chunks are given up, with what was left; the replica ends itself, others take over",
+    "after chunk_timeout_s its chunks are given up; the replica ends itself, others take over",
 )
 async def test_an_engine_that_hangs_is_given_up_at_the_deadline_with_its_replica(broken: Broken) -> None:
-    job, run = await broken.run("engine", "await asyncio.Event().wait()", chunk_timeout_s=8.0)
+    job, run = await broken.run("engine", "await asyncio.Event().wait()", chunk_timeout_s=15.0)
     job.check(await run.result())
     (ended,) = job.cluster.pools["generate-cpu"].ended
     assert {attempt.where for attempt in lost(run)} == {ended.worker.id}
     told = [str(attempt.error) for attempt in lost(run) if "DeadlineExceeded" in str(attempt.error)]
     assert told
     assert all(
-        re.search(r"chunk \d+ \(rows \d+-\d+\) was not done after 8 s: 25 of 25 rows were left", each) for each in told
+        re.search(r"chunk \d+ \(rows \d+-\d+\) was not done after \d+ s: its rows were being answered", each)
+        for each in told
     )
-    assert "the engine gave nobody an answer for 8 s: this replica ends itself" in ended.log
+    assert re.search(r"nobody got an answer for \d+ s: this replica ends itself", ended.log)
+
+
+@pytest.mark.fault(
+    "the task's own code never ends",
+    "Flyte's timeout of the task cancels it, it is tried again",
+)
+async def test_a_task_that_never_ends_is_cancelled_by_its_timeout_and_its_replica_goes_on(broken: Broken) -> None:
+    job, run = await broken.run("task", "await asyncio.Event().wait()", more="infer_chunk.timeout = 15\n")
+    job.check(await run.result())
+    (attempt,) = lost(run)
+    assert (attempt.error.code, attempt.error.message) == ("TIMED_OUT", "the task took longer than 15 s")
+    pool = job.cluster.pools["generate-cpu"]
+    assert pool.ended == []
+    assert [replica.worker.busy for replica in pool.replicas] == [0, 0]
+
+
+SLOW_IMPORT = """
+import time as _time
+from pathlib import Path as _Path
+from flyte_batch.replica import this_replica as _this_replica
+if _this_replica() is not None:
+    _Path({folder!r}, f"importing-{{os.getpid()}}").touch()
+    _time.sleep(4)
+    _Path({folder!r}, f"imported-{{os.getpid()}}").touch()
+"""
+
+
+def when(folder: Path, stage: str) -> dict[int, int]:
+    """When processes got to a stage (ns), by their ids."""
+    return {int(path.name.split("-")[1]): path.stat().st_mtime_ns for path in folder.glob(f"{stage}-*")}
 
 
 @pytest.mark.fault("importing the workflow takes 4 s", "the first calls wait for it; nothing is tried again")
-async def test_a_slow_import_costs_its_time_and_nothing_else(broken: Broken) -> None:
-    job, run = await broken.run("", "pass", more="import time as _time; _time.sleep(4)")
+async def test_a_slow_import_is_waited_for_by_the_calls_that_are_there_already(broken: Broken, tmp_path: Path) -> None:
+    job = broken.job(SLOW_IMPORT.format(folder=str(tmp_path)))
+    run = await job.start()
+    waiting: set[str] = set()
+    while len(waiting) < 2:
+        assert not run.phase, f"too late: {run.phase} {run.error}"
+        pool = job.cluster.pools.get("generate-cpu")
+        for pid in when(tmp_path, "importing").keys() - when(tmp_path, "imported").keys():
+            (replica,) = [each for each in pool.replicas if each.process.pid == psutil.Process(pid).ppid()]
+            if replica.worker.calls:
+                waiting.add(replica.worker.id)
+        await asyncio.sleep(0.01)
     job.check(await run.result())
+    imported = when(tmp_path, "imported")
+    assert len(imported) == 2
+    assert min(job.parts().values()) > min(imported.values())
     assert lost(run) == []
 
 
@@ -372,3 +416,16 @@ async def test_what_no_except_clause_catches_costs_attempts_but_no_row(broken: B
     job, run = await broken.run(where, what)
     job.check(await run.result())
     assert len({attempt.where for attempt in lost(run)}) <= 1
+
+
+async def test_a_process_that_is_left_behind_is_seen(job: Job) -> None:
+    environment = {"HOME": str(job.cluster.folder), "PATH": os.defpath}
+    shell = await asyncio.create_subprocess_exec("sh", "-c", "sleep 600 & wait", env=environment)
+    assert orphans(job.cluster) == []
+    while not psutil.Process(shell.pid).children():
+        await asyncio.sleep(0.01)
+    shell.kill()
+    await shell.wait()
+    (orphan,) = orphans(job.cluster)
+    orphan.kill()
+    assert orphan.name() == "sleep"

@@ -98,6 +98,9 @@ async def test_ten_calls_at_once_share_one_engine_and_its_batches(replica: OneRe
     await replica.let(load=False, answer=True)
     runs = [await replica.ask(f"chunk{i}", solver) for i in range(10)]
     await replica.until(lambda journal: len(journal.calls) == 10)
+    if solver == "continuous":
+        await replica.let(load=True, answer=False)
+        await replica.until(lambda journal: len(journal.begun) == 40)  # those of all calls are in the engine at once
     await replica.let(load=True, answer=True)
     for report in [await run.result() for run in runs]:
         assert (report.rows, report.failures) == (4, 0)
@@ -117,7 +120,7 @@ async def test_the_code_that_runs_is_the_bundles(replica: OneReplica) -> None:
     assert (await replica.look()).pid == container.executor()
 
 
-async def test_four_driver_runs_share_one_engine_and_every_batch_mixes_them(replica: OneReplica) -> None:
+async def test_four_driver_runs_share_one_engine_and_a_batch_mixes_all_of_them(replica: OneReplica) -> None:
     await replica.let(load=False, answer=True)
     runs = []
     for i in range(4):
