@@ -420,10 +420,12 @@ async def test_what_no_except_clause_catches_costs_attempts_but_no_row(broken: B
 
 async def test_a_process_that_is_left_behind_is_seen(job: Job) -> None:
     environment = {"HOME": str(job.cluster.folder), "PATH": os.defpath}
-    shell = await asyncio.create_subprocess_exec("sh", "-c", "sleep 600 & wait", env=environment)
+    shell = await asyncio.create_subprocess_exec(
+        "sh", "-c", "sleep 600 > /dev/null & echo; wait", env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    assert shell.stdout is not None
+    await shell.stdout.readline()
     assert orphans(job.cluster) == []
-    while not psutil.Process(shell.pid).children():
-        await asyncio.sleep(0.01)
     shell.kill()
     await shell.wait()
     (orphan,) = orphans(job.cluster)
