@@ -151,6 +151,7 @@ async def run(
         progress.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
     _warn_if_starving(size, rows - progress.done, replicas, concurrency, batch_rows)
     devices: list[DeviceUse] = []
+    answered: set[str] = set()
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
@@ -167,6 +168,7 @@ async def run(
                     if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:
                         break
                     continue
+                answered.add(chunk.id)
                 failures += outcome.failures
                 devices.append(outcome.device)
                 progress.advance(outcome.rows, outcome.failures)
@@ -181,20 +183,27 @@ async def run(
             # A chunk may take all down that share its replica: they do not count before they failed alone.
             failed = await answer(todo, replicas * concurrency, max_failed_chunks, max_failed_chunks + concurrency)
         own = [each for each in failed if not each.may_be_anothers]
-        again = [each.chunk for each in failed if each.may_be_anothers]
-        hopeless = failures / rows > rate or len(own) >= max_failed_chunks or any(each.is_bad_input for each in own)
+        again = [each for each in failed if each.may_be_anothers]
+        hopeless = (
+            failures / rows > rate or len(own) >= max_failed_chunks or any(each.is_bad_input for each in own)
+            or progress.done == 0  # then it is not a neighbour's fault
+        )  # fmt: skip
         if again and not hopeless:
             progress.say(f"{_describe(failed, len(chunks))}. {len(again)} of them are tried again, one at a time")
-            failed = own + await answer(again, 1, MOST_FAILED_ALONE, MOST_FAILED_ALONE)
+            alone = await answer((each.chunk for each in again), 1, MOST_FAILED_ALONE, MOST_FAILED_ALONE)
+            tried = answered | {each.chunk.id for each in alone}
+            failed = own + alone + [each for each in again if each.chunk.id not in tried]
         if failed:
-            raise ChunkFailed(_describe(failed, len(chunks)) + _remedy(failed, len(chunks), output)) from failed[
-                0
-            ].error
+            message = _describe(failed, len(chunks)) + _remedy(failed, progress.done > 0, output)
+            raise ChunkFailed(message) from failed[0].error
         if failures / rows > rate or failures == rows:
             raise TooManyFailures(_describe_failures(failures, rows, rate, output))
         manifest = await asyncio.to_thread(target.commit, chunks)
     except BaseException:
-        await asyncio.to_thread(target.leave, chunks)
+        try:
+            await asyncio.to_thread(target.leave, chunks)
+        except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more
+            target.leave(chunks)
         raise
     summary = RunSummary(
         rows=manifest.rows,
@@ -292,12 +301,13 @@ def _check(
 
 def _warn_if_starving(size: int, rows: int, replicas: int, concurrency: int, batch_rows: int) -> None:
     """Warn if a replica is given fewer rows at once than a full batch and than its share of what is left to do."""
-    together = size * concurrency
-    if together < min(batch_rows, -(-rows // replicas)):
+    together, share = size * concurrency, -(-rows // replicas)
+    if together < min(batch_rows, share):
+        wanted = min(2 * batch_rows, share)
         logger.warning(
-            "chunks of %d rows x concurrency %d give a replica %d rows at once, fewer than the %d (batch_rows) of a "
-            "full batch: its device will wait. Raise chunk_size to %d or the replicas' concurrency to %d",
-            size, concurrency, together, batch_rows, -(-batch_rows // concurrency), -(-batch_rows // size),
+            "warning: chunks of %d rows x concurrency %d give a replica %d rows at once, fewer than the %d of a full "
+            "batch: its device will wait. Raise chunk_size to %d or the replicas' concurrency to %d",
+            size, concurrency, together, batch_rows, -(-wanted // concurrency), -(-wanted // size),
         )  # fmt: skip
 
 
@@ -332,8 +342,8 @@ def _describe(failed: list[_FailedChunk], chunks: int) -> str:
     )
 
 
-def _remedy(failed: list[_FailedChunk], chunks: int, output: str) -> str:
-    kept = f"What the others wrote to {output} is kept; " if len(failed) < chunks else ""
+def _remedy(failed: list[_FailedChunk], any_done: bool, output: str) -> str:
+    kept = f"What the others wrote to {output} is kept; " if any_done else ""
     remedy = "fix that, then " if any(each.is_bad_input for each in failed) else ""
     return f". {kept}{remedy}run the same command again to do the rest"
 

@@ -148,6 +148,7 @@ def driver_environment(
     depends_on: Sequence[flyte.Environment] = (),
     cpu: str | int = 1,
     memory: str = "2Gi",
+    disk: str | None = None,
     env_vars: dict[str, str] | None = None,
 ) -> flyte.TaskEnvironment:
     """An environment for the task that plans a run and fans its chunks out.
@@ -161,13 +162,14 @@ def driver_environment(
         depends_on: the replica environments whose tasks it calls; they are deployed with it.
         cpu: cores.
         memory: such as ``"2Gi"``; rows never pass through a driver, so it stays small.
+        disk: such as ``"50Gi"``, for what the task itself puts there.
         env_vars: environment variables of the container. A driver imports the workflow's file again: whatever that
             reads from the environment of the shell that submits it belongs here.
     """
     return flyte.TaskEnvironment(
         name=name,
         image=image,
-        resources=flyte.Resources(cpu=cpu, memory=memory),
+        resources=flyte.Resources(cpu=cpu, memory=memory, disk=disk),
         env_vars={**_LOG_WITH_ACTIONS, **(env_vars or {})},
         depends_on=list(depends_on),
         include=_include(),

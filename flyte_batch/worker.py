@@ -84,7 +84,10 @@ async def infer(
         silent_s = work.silent_s()
         if silent_s > timeout_s / 2:  # less says little of an engine that has just been loaded
             guard.end_replica_soon(f"the engine is there, but nobody got an answer for {silent_s:.0f} s")
-        raise DeadlineExceeded(f"{work} was not done after {timeout_s:g} s: {work.stage()}") from error
+        raise DeadlineExceeded(
+            f"{work} was not done after {timeout_s:g} s: {work.stage()}; if that is just too short, give chunks more "
+            "time (timeout_s, --chunk_timeout_s) or fewer rows (chunk_size)"
+        ) from error
 
 
 class _Work:

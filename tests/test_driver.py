@@ -152,15 +152,20 @@ async def test_of_a_run_with_bad_input_no_chunk_is_tried_again(tmp_path: Path) -
     assert len(worker.tried) == len(set(worker.tried))
 
 
-async def test_engines_that_always_end_cost_a_replicas_chunks_more_and_a_few_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first_bad", "alone"), [(10, 3), (0, 0)])
+async def test_engines_that_always_end_cost_a_few_chunks_alone_and_none_if_nothing_was_ever_answered(
+    tmp_path: Path, first_bad: int, alone: int
+) -> None:
     worker = Worker()
-    worker.fail, worker.error = set(range(100)), fb.EngineDead
-    with pytest.raises(fb.ChunkFailed, match="3 of 100 chunks failed"):
+    worker.fail, worker.error = set(range(first_bad, 100)), fb.EngineDead
+    with pytest.raises(fb.ChunkFailed, match="7 of 100 chunks failed") as raised:
         await go(
             questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,
             chunk_size=1, concurrency=2, max_failed_chunks=5,
         )  # fmt: skip
-    assert len(worker.chunks) <= (5 + 2) + 1 + 3
+    tries = [chunk.index for chunk in worker.chunks]
+    assert len(tries) - len(set(tries)) == alone
+    assert ("What the others wrote" in str(raised.value)) == (first_bad > 0)
 
 
 async def test_when_too_many_chunks_fail_no_more_are_started(tmp_path: Path) -> None:
@@ -262,8 +267,8 @@ async def test_chunks_that_cannot_fill_a_batch_are_warned_about_with_the_size_th
     await go(questions(tmp_path / "in.jsonl", rows), tmp_path / "out", Worker(), **options)
     warnings = [record.getMessage() for record in caplog.records if record.name == "flyte_batch.driver"]
     expected = (
-        "chunks of 10 rows x concurrency 4 give a replica 40 rows at once, fewer than the 64 (batch_rows) of a full "
-        "batch: its device will wait. Raise chunk_size to 16 or the replicas' concurrency to 7"
+        "warning: chunks of 10 rows x concurrency 4 give a replica 40 rows at once, fewer than the 64 of a full "
+        "batch: its device will wait. Raise chunk_size to 32 or the replicas' concurrency to 13"
     )
     assert warnings == ([expected] if warned else [])
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -219,6 +220,8 @@ async def main(
         Rows, failures, tokens, seconds, utilization and the output's path.
     """
     fb.require_shared(source=source, output=output)
+    if not 0 < chunk_timeout_s < math.inf:
+        raise fb.BadInput(f"chunk_timeout_s must be a positive number of seconds, got {chunk_timeout_s}")
     sampling_given = parse_object("sampling_options", sampling_options)
     if json_schema is not None:
         schema = parse_schema("json_schema", json_schema, files=fb.runs_here())

@@ -22,9 +22,7 @@ DISK = os.environ.get("FLYTE_BATCH_DISK", "50Gi")
 
 RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
 
-driver = fb.driver_environment("prefetch", image=cpu_image).clone_with(
-    "prefetch", resources=flyte.Resources(cpu=2, memory="8Gi", disk=DISK)
-)
+driver = fb.driver_environment("prefetch", image=cpu_image, cpu=2, memory="8Gi", disk=DISK)
 
 
 @driver.task(retries=RETRIES)
@@ -39,6 +37,9 @@ async def main(model: str, folder: str) -> fb.PrefetchedModel:
         Where it is, where it came from, and how much of it this run copied.
     """
     fb.require_shared(folder=folder)
-    done = await fb.prefetch(model, folder)
+    try:
+        done = await fb.prefetch(model, folder)
+    except fb.BadInput as error:
+        raise flyte.errors.NonRecoverableError(str(error), code="BadInput") from error  # a retry would say the same
     print(f"{done.source}: {done.files} files, {done.size:,} bytes, {done.copied} of them copied now: {done.location}")
     return done

@@ -58,6 +58,7 @@ class HubModel:
         except Exception as error:  # many kinds, of several libraries: no network, no space, gated, ...
             first = str(error).strip().splitlines()[:1]
             raise EngineError(
-                f"the model {self} cannot be downloaded ({type(error).__name__}: {' '.join(first)}): check the "
-                "network, or download it beforehand and name its folder"
+                f"there is no folder {self} here, and as a model of Hugging Face it cannot be downloaded "
+                f"({type(error).__name__}: {' '.join(first)}): check the name and the network, or download it "
+                "beforehand and name its folder"
             ) from error

@@ -212,7 +212,7 @@ class TestStarting:
         )
         offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=offline)
-        assert done.stdout.startswith("EngineError the model owner/name cannot be downloaded")
+        assert done.stdout.startswith("EngineError there is no folder owner/name here, and as a model of")
         assert "name its folder" in done.stdout
         assert done.stdout.count("\n") == 1
 

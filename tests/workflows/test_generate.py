@@ -116,6 +116,8 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "broken JSON": (lambda p: ["--source", _broken(p / "broken.jsonl")], r"broken\.jsonl.*line 3"),
     "not Parquet": (lambda p: ["--source", _text(p / "text.parquet")], r"text\.parquet.*Parquet"),
     "unwritable output": (lambda p: ["--output", "/proc/nope"], r"/proc/nope"),
+    "no time": (lambda p: ["--chunk_timeout_s", "0"], r"chunk_timeout_s must be a positive number of seconds"),
+    "no speed": (lambda p: ["--rows_per_s", "-5"], r"rows_per_s must be a positive number"),
     "chunk size 0": (lambda p: ["--chunk_size", "0"], r"chunk_size must be at least 1"),
     "unknown engine": (lambda p: ["--engine", "ctranslate"], r"unknown engine 'ctranslate'.*did you mean ctranslate2"),
     "no model there": (lambda p: ["--model", _folder(p / "model")], r"holds no model.*model\.bin"),
