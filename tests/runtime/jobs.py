@@ -71,7 +71,7 @@ class Job:
         right = sum(is_right(row["response"] or "", row["answer"]) for row in table.to_pylist())
         assert right >= 0.99 * ROWS - failures
         _, left = psutil.wait_procs(orphans(self.cluster), timeout=10)
-        assert left == []
+        assert not left, f"left behind: {left}"
         self._record("rows", table.num_rows)
         self._record("failures", failures)
         self._record("repeated", sum(len(lost(run)) for run in self.cluster.runs.values()))
