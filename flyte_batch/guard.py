@@ -8,12 +8,14 @@ go on. So the guard looks from within: it asks the loop for a sign of life four 
   a new container takes the place, and Flyte's retries do the lost calls again.
 - In a replica whose bridge is gone (it was terminated, and is not the container's first process): the same, at once.
   Nothing that it computes can be reported any more, and it would keep the GPU.
+- However a replica ends, by itself or killed, a `Reaper` kills what it started.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import sysconfig
@@ -23,11 +25,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from flyte_batch.processes import kill_below
+from flyte_batch.processes import Reaper, below, kill_below
 from flyte_batch.replica import ReplicaSettings, this_replica
 
 WARN_AFTER_S = 1.0
 LOOK_EVERY_S = 0.25
+TELL_EVERY_S = 1.0
 EXIT_CODE = 70
 """sysexits.h: an internal software error."""
 
@@ -71,6 +74,8 @@ class Guard:
         self._loop_thread = threading.get_ident()
         self._alive = threading.Event()
         self._named: set[str] = set()
+        self._reaper = Reaper()
+        self._told_reaper = -math.inf
         self._ending = False
         self.thread = threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True)
         self.thread.start()
@@ -134,9 +139,12 @@ class Guard:
         return whose(frame) if frame is not None else ("a thread that is gone", 0)
 
     def _require_sense(self, stands_s: float) -> None:
-        """End the replica if nothing can come of it any more."""
+        """End the replica if nothing can come of it any more, and see to it that its end is that of its processes."""
         if self._replica is None:
             return
+        if time.monotonic() - self._told_reaper > TELL_EVERY_S:
+            self._told_reaper = time.monotonic()
+            self._reaper.tell(below(os.getpid()))
         if os.getppid() != self._parent:
             _end("the process that started this replica is gone, and nobody hears of its calls any more")
         if stands_s > self._replica.stall_limit_s:

@@ -41,22 +41,26 @@ def kill_below(pid: int) -> list[int]:
         Their ids.
     """
     killed: set[int] = set()
-    while below := _below(pid) - killed - _reapers:  # until none is left: one may have started another meanwhile
-        for each in below:
+    while left := below(pid).keys() - killed:  # until none is left: one may have started another meanwhile
+        for each in left:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
-        killed |= below
+        killed |= left
     return sorted(killed)
 
 
-def _below(pid: int) -> set[int]:
+def below(pid: int) -> dict[int, int]:
+    """id -> start, as in `process_table`, of all processes that a process started, and those that these did.
+
+    Without this process's reapers.
+    """
     table = process_table()
     found: set[int] = set()
     newer = {pid}
     while newer:
         newer = {each for each, (parent, _) in table.items() if parent in newer} - found
         found |= newer
-    return found
+    return {each: table[each][1] for each in found - _reapers}
 
 
 class Reaper:
@@ -86,10 +90,10 @@ class Reaper:
             )  # fmt: skip
             _reapers.add(self._process.pid)
         assert self._process.stdin is not None  # noqa: S101  for the type checker
-        self._told = dict(known)
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(self._told).encode() + b"\n")
+            self._process.stdin.write(json.dumps(dict(known)).encode() + b"\n")
             self._process.stdin.flush()
+        self._told = dict(known)
 
     def close(self) -> None:
         """End the reaper; it kills nobody."""

@@ -155,6 +155,16 @@ needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc"
 
 
 @needs_proc
+async def test_a_replica_that_is_killed_leaves_nothing_that_it_started(start: Callable[..., Process]) -> None:
+    told = "while child.pid not in watching._reaper._told: await asyncio.sleep(0.01)\n    print('told', flush=True)"
+    replica = start(told + "\n    await asyncio.Event().wait()", 600)
+    assert replica.process.stdout is not None
+    assert replica.process.stdout.readline() == "told\n"
+    os.kill(replica.pid, signal.SIGKILL)
+    await until(lambda: not replica.left)
+
+
+@needs_proc
 def test_a_replica_whose_loop_stands_still_too_long_says_where_and_ends_with_all_it_started(
     start: Callable[..., Process],
 ) -> None:
