@@ -108,7 +108,7 @@ async def test_a_disk_that_runs_full_fails_the_run_and_the_same_command_does_the
     disk.make_room()
     summary = await (await job.start()).result()
     job.check(summary)
-    assert summary.chunks_reused == len(done)
+    assert summary.chunks_reused >= len(done)  # a write that was cut off by the end may still get through
     assert {name: job.parts()[name] for name in done} == done
 
 
@@ -356,7 +356,7 @@ async def test_a_store_that_refuses_fails_the_run_and_the_same_command_does_the_
     refusal.mend()
     summary = await (await job.start()).result()
     job.check(summary)
-    assert summary.chunks_reused == len(done) >= 6
+    assert summary.chunks_reused >= len(done) >= 6  # as above
     assert {name: job.parts()[name] for name in done} == done
 
 
