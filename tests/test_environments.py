@@ -457,7 +457,7 @@ def files(folder: Path) -> dict[str, flyte.Image]:
         "other.txt": "-r reuse.txt\n",
         "plain.toml": '[project]\nname = "job"\nversion = "1"\ndependencies = ["pandas"]\nurls = {home = "https://x"}\n',
         "reuse.lock": '[[package]]\nname = "unionai-reuse"\n',
-        "plain.lock": '[[package]]\nname = "pandas"\nsource = {registry = "https://x"}\n',
+        "plain.lock": '[[package]]\nname = "pandas"\nsource = {virtual = "https://x"}\n',
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
