@@ -168,6 +168,16 @@ async def test_engines_that_always_end_cost_a_few_chunks_alone_and_none_if_nothi
     assert ("What the others wrote" in str(raised.value)) == (first_bad > 0)
 
 
+async def test_a_run_that_ends_when_no_thread_can_be_started_any_more_says_its_own_error(tmp_path: Path) -> None:
+    async def interrupted(chunk: fb.Chunk) -> fb.ChunkReport:
+        await asyncio.get_running_loop().shutdown_default_executor()  # as the interpreter does after Ctrl-C
+        raise OSError("interrupted")
+
+    source = questions(tmp_path / "in.jsonl", 100)
+    with pytest.raises(fb.ChunkFailed, match="OSError: interrupted"):
+        await fb.run(source, str(tmp_path / "out"), interrupted, code_version="1")
+
+
 async def test_when_too_many_chunks_fail_no_more_are_started(tmp_path: Path) -> None:
     worker = Worker()
     worker.fail = set(range(100))
