@@ -12,8 +12,9 @@ import asyncio
 import contextvars
 import logging
 import time
+import uuid
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import islice
@@ -22,10 +23,11 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 from flyte_batch.batching.checks import finite_number
 from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
-from flyte_batch.batching.lanes import PENDING, MapLane, ResultFuture, SubmitLane, fail, new_future
-from flyte_batch.batching.packing import Backlog, Batch, Lane
+from flyte_batch.batching.lanes import PENDING, CallersLane, MapLane, ResultFuture, SubmitLane, fail, new_future
+from flyte_batch.batching.packing import Backlog, Batch
 from flyte_batch.batching.stats import BatchStats, Meter
 from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, DeadlineExceeded, QueueFull
+from flyte_batch.monitoring import events, hooks
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class _Arrival(Generic[RecordT, ResultT]):
 
     def __init__(
         self,
-        lane: Lane[RecordT, ResultT],
+        lane: CallersLane[RecordT, ResultT],
         records: list[RecordT],
         costs: list[float],
         tickets: list[Any],
@@ -81,6 +83,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         stride: records that map and submit_batch queue at a time.
         window: records that map draws, and a subclass may put into another order (`_arranged`), at a time.
         overflow: what a full queue does to a submit.
+
+    Attributes:
+        id: names this batcher in events and reports; one whose engine was rebuilt has another.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         window: int | None = None,
         overflow: Overflow,
     ) -> None:
+        self.id = uuid.uuid4().hex[:12]
         self._backlog = backlog
         self._costs = costs
         self._max_queue_size = max_queue_size
@@ -144,6 +150,11 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     # -- Life --------------------------------------------------------------
 
     @property
+    def engine_name(self) -> str:
+        """What answers the records, in events and reports: the engine's class, the batcher's where it owns none."""
+        return type(self).__name__
+
+    @property
     def stats(self) -> BatchStats:
         """The figures at this moment, the running batch included; a copy that does not change."""
         return self._meter.snapshot(queued=len(self._backlog))
@@ -178,6 +189,9 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         )
         self._task.add_done_callback(self._dispatcher_ended)
         self._meter.enter("starved")
+        hooks.register_batcher(self)
+        if hooks.is_anybody_listening():
+            hooks.emit(events.EngineStarted(time.time(), self.id, self.engine_name))
 
     async def stop(self) -> None:
         """Refuse new records, finish all accepted ones (calls of `map` in progress too), then stop.
@@ -252,7 +266,11 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         logger.log(level, "%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
         self._meter.enter("off")
         self._meter.on_device(0)
-        for batch in (*on_device, self._backlog.take_all()):
+        pending = (*on_device, self._backlog.take_all())
+        if lost and hooks.is_anybody_listening():
+            died = type(cause).__name__, str(cause), sum(map(len, pending))
+            hooks.emit(events.EngineDied(time.time(), self.id, self.engine_name, *died))
+        for batch in pending:
             self._settle(batch, [self._death() for _ in range(len(batch))])
         for arrival in self._arrivals:
             if not arrival.admitted.done():
@@ -582,7 +600,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     async def _admit(
         self,
-        lane: Lane[RecordT, ResultT],
+        lane: CallersLane[RecordT, ResultT],
         records: list[RecordT],
         costs: list[float],
         tickets: list[Any],
@@ -621,14 +639,18 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     def _push(
         self,
-        lane: Lane[RecordT, ResultT],
+        lane: CallersLane[RecordT, ResultT],
         records: list[RecordT],
         costs: list[float],
         tickets: list[Any],
     ) -> None:
         was_empty = not len(self._backlog)
+        count, cost = len(records), sum(costs)  # the lists are the backlog's from now on
         self._backlog.push(lane, records, costs, tickets, self._now())
-        self._meter.submitted += len(records)
+        self._meter.submitted += count
+        if hooks.is_anybody_listening():
+            queued = len(self._backlog)
+            hooks.emit(events.RecordsSubmitted(time.time(), self.id, lane.scope, count, cost, queued))
         if was_empty and self._meter.phase == "starved":
             self._meter.enter("assembling")
         self._arrived(was_empty)
@@ -691,6 +713,25 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._meter.completed += len(batch)
         self._meter.failed += failures
         batch.deliver(outcomes, failures)
+
+    def _shares(
+        self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]
+    ) -> list[events.Share]:
+        """What each caller has of a batch whose records got these outcomes now; tells of those that failed."""
+        now, at = self._now(), time.time()
+        shares: list[events.Share] = []
+        start = 0
+        for lane, tickets in batch.parts:
+            part = slice(start, start + len(tickets))
+            start = part.stop
+            assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
+            errors = [outcome for outcome in outcomes[part] if isinstance(outcome, BaseException)]
+            for error in errors:
+                failed = type(error).__name__, str(error)
+                hooks.emit(events.RecordFailed(at, lane.scope, "infer", *failed, self.id))
+            latencies = tuple((now - arrival, count) for arrival, count in Counter(batch.arrivals[part]).items())
+            shares.append(events.Share(lane.scope, len(tickets), len(errors), sum(batch.costs[part]), latencies))
+        return shares
 
 
 def _length_mismatch(costs: int, records: int) -> BadInput:

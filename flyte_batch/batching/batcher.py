@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, get_args
 
@@ -17,6 +18,7 @@ from flyte_batch.batching.costs import CostModel
 from flyte_batch.batching.packing import Backlog, Batch, BatchCost
 from flyte_batch.batching.processing import ProcessFn, Processor, as_failure, copy_of, is_out_of_memory
 from flyte_batch.errors import BadInput, EngineDead
+from flyte_batch.monitoring import events, hooks
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             stride=max(max_batch_size, length_window),
             overflow=overflow,
         )
+        self._batches = 0
         self._processor = Processor(process_fn, blocked_loop_warning_s=blocked_loop_warning_s)
         self._target_batch_cost = target_batch_cost
         self._max_batch_size = max_batch_size
@@ -185,22 +188,28 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             if not len(batch):
                 todo.pop()
                 continue
+            self._batches += 1
+            if hooks.is_anybody_listening():
+                formed = len(batch), batch.cost, self._fill(batch), len(self._backlog)
+                hooks.emit(events.BatchFormed(time.time(), self.id, self._batches, *formed))
             self._meter.enter("busy")
             self._meter.on_device(len(batch))
+            started_at = time.time()
             outcome = await self._processor.call(batch.records)
             self._count(batch)
             if isinstance(outcome, list):
                 todo.pop()
                 self._settle(batch, outcome)
+                self._announce(batch, outcome, started_at)
             else:
-                self._failed(batch, outcome)
+                self._failed(batch, outcome, started_at)
         self._call_under_way = None
         self._meter.enter("assembling" if len(self._backlog) else "starved")
         if (task := asyncio.current_task()) is not None and task.cancelling():
             # process_fn swallowed a cancellation that was meant for us.
             raise asyncio.CancelledError("its task was cancelled")
 
-    def _failed(self, batch: Batch[RecordT, ResultT], error: BaseException) -> None:
+    def _failed(self, batch: Batch[RecordT, ResultT], error: BaseException, started_at: float) -> None:
         """Decide what becomes of the batch on top of the list: it is split, or fails, or everything ends.
 
         Raises:
@@ -226,14 +235,36 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                     self._budget,
                 )
             todo.extend(reversed(batch.halves()))
+            self._announce(batch, None, started_at, out_of_memory)
             return
         failure = as_failure(error)
         logger.error("%s failed on a batch of %d records: %s: %s", name, len(batch), type(error).__name__, error)
-        self._settle(batch, [failure, *(copy_of(failure) for _ in range(len(batch) - 1))])
+        failures = [failure, *(copy_of(failure) for _ in range(len(batch) - 1))]
+        self._settle(batch, failures)
+        self._announce(batch, failures, started_at, out_of_memory)
         if isinstance(error, EngineDead):
             raise error
 
+    def _announce(
+        self,
+        batch: Batch[RecordT, ResultT],
+        outcomes: Sequence[ResultT | BaseException] | None,
+        started_at: float,
+        out_of_memory: bool = False,
+    ) -> None:
+        """Tell of a batch that came back; without outcomes, of one that is split and tried again."""
+        if not hooks.is_anybody_listening():
+            return
+        shares = tuple(self._shares(batch, outcomes)) if outcomes is not None else ()
+        failed = sum(share.failed for share in shares) if outcomes is not None else len(batch)
+        done = len(batch), failed, batch.cost, self._fill(batch), out_of_memory, shares
+        hooks.emit(events.BatchDone(time.time(), self.id, self._batches, started_at, *done))
+
+    def _fill(self, batch: Batch[RecordT, ResultT]) -> float:
+        return max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size)
+
     def _count(self, batch: Batch[RecordT, ResultT]) -> None:
+        self._meter.enter("late", at=self._processor.ended_at)
         self._meter.on_device(0)
         self._meter.loop_blocked_s = self._processor.watch.blocked_s
         self._meter.batch_finished(
@@ -241,7 +272,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             cost=batch.cost,
             record_cost=batch.record_cost,
             padded_cost=batch.padded_cost,
-            fill=max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size),
+            fill=self._fill(batch),
         )
 
     def _release(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -22,15 +21,16 @@ class EngineOwner(Batcher[RecordT, ResultT], Generic[RecordT, ResultT, EngineT])
 
     Attributes:
         engine: the engine, started by whoever made the batcher.
-        id: names this engine's life in reports; a rebuilt engine has another.
     """
 
     engine: EngineT
-    id: str
+
+    @property
+    def engine_name(self) -> str:
+        return type(self.engine).__name__
 
     def _own(self, engine: EngineT) -> None:
         self.engine = engine
-        self.id = uuid.uuid4().hex[:12]
 
     async def aclose(self) -> None:
         """Answer what is queued, then close the engine. Cancelled, it stops waiting and leaves the engine at work."""

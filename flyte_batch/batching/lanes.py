@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 
 from flyte_batch.batching.packing import Lane
 from flyte_batch.batching.processing import as_failure
+from flyte_batch.monitoring.events import Scope
+from flyte_batch.monitoring.scope import scope_of
 
 RecordT = TypeVar("RecordT")
 ResultT = TypeVar("ResultT")
@@ -71,14 +73,31 @@ class LaneOwner(Protocol):
         ...
 
 
-class SubmitLane(Lane[RecordT, ResultT]):
+class CallersLane(Lane[RecordT, ResultT]):
+    """A lane that remembers its caller's context, and so whose records they are."""
+
+    __slots__ = ("_scope", "context")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = contextvars.copy_context()
+        self._scope: Scope | None = None
+
+    @property
+    def scope(self) -> Scope:
+        """Whose work it is; the same object for all events of the lane."""
+        if self._scope is None:
+            self._scope = scope_of(self.context)
+        return self._scope
+
+
+class SubmitLane(CallersLane[RecordT, ResultT]):
     """The records that one task submitted, or one call of ``submit_batch``; their tickets are futures."""
 
-    __slots__ = ("context", "owner", "task")
+    __slots__ = ("owner", "task")
 
     def __init__(self, owner: LaneOwner, task: asyncio.Task[Any] | None) -> None:
         super().__init__()
-        self.context = contextvars.copy_context()
         self.owner = owner
         self.task = task
 
@@ -134,14 +153,13 @@ PENDING: Any = object()
 """In a map's results, the place of a record that is not resolved."""
 
 
-class MapLane(Lane[RecordT, ResultT]):
+class MapLane(CallersLane[RecordT, ResultT]):
     """The records of one call of ``map``; their tickets are places in its results. The call has a single waiter."""
 
-    __slots__ = ("abandoned", "context", "error", "refill_at", "results", "timers", "unresolved", "waiter")
+    __slots__ = ("abandoned", "error", "refill_at", "results", "timers", "unresolved", "waiter")
 
     def __init__(self, refill_at: int) -> None:
         super().__init__()
-        self.context = contextvars.copy_context()
         self.results: list[Any] = []
         self.timers: list[asyncio.TimerHandle] = []
         self.unresolved = 0

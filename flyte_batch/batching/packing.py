@@ -91,21 +91,22 @@ class Lane(Generic[RecordT, ResultT]):
             self.cut([i for i, ticket in enumerate(self.tickets) if ticket in self.dropped])
             self.dropped = None
 
-    def cut(self, positions: Sequence[int]) -> tuple[list[RecordT], list[float], list[Any]]:
-        """Take out the records at these positions (ascending, at least one), with their costs and tickets."""
+    def cut(self, positions: Sequence[int]) -> tuple[list[RecordT], list[float], list[Any], list[float]]:
+        """Take out the records at these positions (ascending, at least one), with costs, tickets and arrivals."""
         count = len(positions)
         if count == len(self.records):
-            everything = self.records, self.costs, self.tickets
+            everything = self.records, self.costs, self.tickets, self.arrivals
             self.records = self.costs = self.tickets = self.arrivals = _NOTHING
             return everything
         if positions[-1] == count - 1:
-            cut = self.records[:count], self.costs[:count], self.tickets[:count]
+            cut = self.records[:count], self.costs[:count], self.tickets[:count], self.arrivals[:count]
             del self.records[:count], self.costs[:count], self.tickets[:count], self.arrivals[:count]
             return cut
         cut = (
             [self.records[i] for i in positions],
             [self.costs[i] for i in positions],
             [self.tickets[i] for i in positions],
+            [self.arrivals[i] for i in positions],
         )
         for i in reversed(positions):
             del self.records[i], self.costs[i], self.tickets[i], self.arrivals[i]
@@ -119,12 +120,14 @@ class Batch(Generic[RecordT, ResultT]):
     Attributes:
         records: in the order that the engine sees.
         costs: one a record.
+        arrivals: when each entered the queue, on the pusher's clock.
         parts: the lanes that they come from, each with its tickets; together in the order of ``records``.
         padded: whether the batch costs rows x longest.
     """
 
     records: list[RecordT]
     costs: list[float]
+    arrivals: list[float]
     parts: list[tuple[Lane[RecordT, ResultT], list[Any]]]
     padded: bool
 
@@ -153,7 +156,13 @@ class Batch(Generic[RecordT, ResultT]):
             if not parts or parts[-1][0] is not lane:
                 parts.append((lane, []))
             parts[-1][1].append(ticket)
-        return Batch([self.records[i] for i in chosen], [self.costs[i] for i in chosen], parts, self.padded)
+        return Batch(
+            [self.records[i] for i in chosen],
+            [self.costs[i] for i in chosen],
+            [self.arrivals[i] for i in chosen],
+            parts,
+            self.padded,
+        )
 
     def halves(self) -> tuple[Batch[RecordT, ResultT], Batch[RecordT, ResultT]]:
         middle = len(self) // 2
@@ -281,11 +290,12 @@ class Backlog(Generic[RecordT, ResultT]):
         return self._cut({lane: range(len(lane)) for lane in self._rotation})
 
     def _cut(self, picks: Mapping[Lane[RecordT, ResultT], Sequence[int]]) -> Batch[RecordT, ResultT]:
-        batch = Batch[RecordT, ResultT]([], [], [], self._padded)
+        batch = Batch[RecordT, ResultT]([], [], [], [], self._padded)
         for lane, positions in picks.items():
-            records, costs, tickets = lane.cut(positions)
+            records, costs, tickets, arrivals = lane.cut(positions)
             batch.records += records
             batch.costs += costs
+            batch.arrivals += arrivals
             batch.parts.append((lane, tickets))
             lane.taken(tickets)
             if not lane.records:

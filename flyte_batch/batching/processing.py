@@ -144,12 +144,17 @@ class Processor(Generic[RecordT, ResultT]):
     Args:
         fn: the user's function.
         blocked_loop_warning_s: how long one step of an ``async`` function may hold the loop before a warning, seconds.
+
+    Attributes:
+        ended_at: when the last call of the function ended, on ``time.monotonic``'s clock. Where it runs on a
+            thread, that is before the event loop hears of it.
     """
 
     def __init__(self, fn: ProcessFn[RecordT, ResultT], *, blocked_loop_warning_s: float) -> None:
         self.name = name_of(fn)
         self.watch = LoopWatch(self.name, blocked_loop_warning_s)
         self._fn = fn
+        self.ended_at = 0.0
         self._on_loop = is_async(fn)
         self._thread: ThreadPoolExecutor | None = None
 
@@ -162,13 +167,16 @@ class Processor(Generic[RecordT, ResultT]):
                 answer = self._fn(records)
             else:
                 # Errors of the thread travel as values too: a future, or a coroutine, would mistake StopIteration.
-                answer, error = await self._in_thread(records)
+                answer, error, self.ended_at = await self._in_thread(records)
                 if error is not None:
                     return error
             if inspect.isawaitable(answer):
                 # A lambda or a wrapper around an async function. From now on it is called where it belongs.
                 self._on_loop = True
-                answer = await self.watch.over(answer)
+                try:
+                    answer = await self.watch.over(answer)
+                finally:
+                    self.ended_at = time.monotonic()
             return checked_results(answer, len(records))
         except asyncio.CancelledError as leaked:
             if task is not None and task.cancelling():
@@ -185,7 +193,7 @@ class Processor(Generic[RecordT, ResultT]):
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    async def _in_thread(self, records: list[RecordT]) -> tuple[Any, BaseException | None]:
+    async def _in_thread(self, records: list[RecordT]) -> tuple[Any, BaseException | None, float]:
         if self._thread is None:
             # One thread, always the same: engines keep per-thread state, and a batch at a time is the contract.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"batcher-{self.name}")
@@ -195,11 +203,13 @@ class Processor(Generic[RecordT, ResultT]):
         )
 
 
-def _outcome_of(fn: Callable[[list[RecordT]], Any], records: list[RecordT]) -> tuple[Any, BaseException | None]:
+def _outcome_of(fn: Callable[[list[RecordT]], Any], records: list[RecordT]) -> tuple[Any, BaseException | None, float]:
+    answer: Any = None
     try:
-        return fn(records), None
-    except BaseException as error:
-        return None, error
+        answer, error = fn(records), None
+    except BaseException as raised:
+        error = raised
+    return answer, error, time.monotonic()
 
 
 class _Timed:

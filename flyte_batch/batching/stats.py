@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, get_args
 
-Phase = Literal["off", "starved", "assembling", "busy"]
-"""What the device does: not started, free with nothing waiting, free while a batch fills, at work."""
+Phase = Literal["off", "starved", "assembling", "late", "busy"]
+"""What the device does: not started, free with nothing waiting, free while a batch fills, free but the event loop
+has not heard of it, at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class BatchStats:
         record_time_s: the sum over records of their seconds on the device, running ones included.
         starved_time_s: seconds with a free device and nothing waiting: bring more records.
         assembling_time_s: seconds with a free device and records waiting for more: lower ``batch_timeout_s``.
+        late_time_s: seconds from the end of a plain ``process_fn`` on its thread until the event loop heard of it: code
+            that holds the loop, or too much work on it.
         loop_blocked_s: seconds in which an ``async def process_fn`` held the event loop beyond the warning's threshold.
     """
 
@@ -64,12 +67,13 @@ class BatchStats:
     record_time_s: float = 0.0
     starved_time_s: float = 0.0
     assembling_time_s: float = 0.0
+    late_time_s: float = 0.0
     loop_blocked_s: float = 0.0
 
     @property
     def idle_time_s(self) -> float:
-        """Seconds in which the device was free: starved and assembling."""
-        return self.starved_time_s + self.assembling_time_s
+        """Seconds in which the device was free: starved, assembling and late."""
+        return self.starved_time_s + self.assembling_time_s + self.late_time_s
 
     @property
     def utilization(self) -> float:
@@ -130,7 +134,7 @@ class Meter:
         self.padded_cost: float = 0
         self.fill = self.loop_blocked_s = 0.0
         self._clock = clock
-        self._seconds: dict[Phase, float] = {"off": 0.0, "starved": 0.0, "assembling": 0.0, "busy": 0.0}
+        self._seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
         self._phase: Phase = "off"
         self._since = clock()
         self._running = 0
@@ -141,9 +145,9 @@ class Meter:
     def phase(self) -> Phase:
         return self._phase
 
-    def enter(self, phase: Phase) -> None:
-        """From now on the time is ``phase``'s."""
-        now = self._clock()
+    def enter(self, phase: Phase, at: float | None = None) -> None:
+        """From now on, or since ``at`` on the meter's clock, the time is ``phase``'s."""
+        now = self._clock() if at is None else max(at, self._since)
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
 
@@ -183,6 +187,7 @@ class Meter:
             record_time_s=self._record_seconds + self._running * (self._clock() - self._running_since),
             starved_time_s=self._seconds["starved"],
             assembling_time_s=self._seconds["assembling"],
+            late_time_s=self._seconds["late"],
             loop_blocked_s=self.loop_blocked_s,
         )
         if self._phase == "off":

@@ -1,0 +1,107 @@
+"""Who hears of events: `subscribe` a `Hook`, and every event of the process is given to it.
+
+A hook is called where the event happens, mostly on the event loop, sometimes on a thread (`LoopBlocked`): it must be
+quick, and leave slow work to a thread of its own. Whatever it raises is logged once and goes no further.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakSet
+
+from flyte_batch.monitoring.events import Event
+
+logger = logging.getLogger(__name__)
+
+
+class Hook(Protocol):
+    """Takes events."""
+
+    def on_event(self, event: Event) -> None:
+        """Something happened."""
+        ...
+
+
+class Batcher(Protocol):
+    """What a hook may ask of a live batcher.
+
+    Attributes:
+        id: as in its events.
+        engine_name: class of the engine, of the batcher where it owns none.
+        stats: a `flyte_batch.BatchStats` of this moment.
+        is_running: whether it takes records.
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def engine_name(self) -> str: ...
+
+    @property
+    def stats(self) -> Any: ...
+
+    @property
+    def is_running(self) -> bool: ...
+
+
+_hooks: tuple[Hook, ...] = ()
+_lock = threading.Lock()
+_failed: set[int] = set()
+_batchers: WeakSet[Batcher] = WeakSet()
+
+
+def subscribe(hook: Hook) -> Callable[[], None]:
+    """Give every event from now on to ``hook``.
+
+    Returns:
+        Ends that; calling it twice is fine.
+    """
+    global _hooks
+    with _lock:
+        _hooks = (*_hooks, hook)
+
+    def unsubscribe() -> None:
+        global _hooks
+        with _lock:
+            _hooks = tuple(each for each in _hooks if each is not hook)
+            _failed.discard(id(hook))
+
+    return unsubscribe
+
+
+def is_anybody_listening() -> bool:
+    """Whether an event is worth making."""
+    return bool(_hooks)
+
+
+def emit(event: Event) -> None:
+    """Give an event to every hook."""
+    for hook in _hooks:
+        try:
+            hook.on_event(event)
+        except Exception:
+            if id(hook) not in _failed:
+                _failed.add(id(hook))
+                logger.warning(
+                    "the monitoring hook %s failed on %s, and is asked again for the next event; further failures of "
+                    "it are not logged",
+                    type(hook).__qualname__,
+                    type(event).__name__,
+                    exc_info=True,
+                )
+
+
+def register_batcher(batcher: Batcher) -> None:
+    """Let hooks find a batcher for as long as it is alive."""
+    with _lock:
+        _batchers.add(batcher)
+
+
+def live_batchers() -> list[Batcher]:
+    """The batchers of this process that are alive: what a scrape asks for queues and utilisation."""
+    with _lock:
+        return list(_batchers)
