@@ -15,10 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
-from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, read_chunk
+from flyte_batch.data.chunks import MOST_CAUSES, Chunk, ChunkReport, read_chunk
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
-from flyte_batch.guard import watch
+from flyte_batch.guard import Guard, watch
+from flyte_batch.monitoring import events
+from flyte_batch.monitoring.backends import attach_backends
+from flyte_batch.monitoring.details import ChunkDetails, Example
+from flyte_batch.monitoring.hooks import emit
+from flyte_batch.monitoring.recorder import ChunkRecording, recorder
+from flyte_batch.monitoring.scope import new_scope, process_name, scope_entered
 from flyte_batch.pipeline import GONE, Failure, Pipeline
 from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
 from flyte_batch.records import Chat, Completion, Prompt
@@ -35,6 +41,10 @@ class Undecodable(str):
 
 Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
 """Gives the process's engine and batcher: an `EngineBatcher`, or a `ContinuousBatcher`."""
+
+EXAMPLES = 2
+"""Failed rows of each cause that a chunk's report shows."""
+EXAMPLE_CHARACTERS = 300
 
 DEATHS_APART_S = 600.0
 """An engine that dies again so soon after a death is not the engine's own bad luck: let another replica try."""
@@ -74,7 +84,29 @@ async def infer(
         raise ValueError(f"timeout_s must be positive, got {timeout_s}")
     import_pandas()
     guard = watch()
-    work = _Work(chunk, solver)
+    attach_backends()
+    scope = new_scope(chunk.id, chunk.index)
+    with recorder.recording(scope) as recording:
+        work = _Work(chunk, solver, scope, recording)
+        emit(events.ChunkStarted(time.time(), scope, chunk.rows))
+        started = time.monotonic()
+        try:
+            with scope_entered(scope):
+                return await _within(timeout_s, work, guard, prompt, finish)
+        except BaseException as error:
+            seconds = time.monotonic() - started
+            emit(events.ChunkFailed(time.time(), scope, type(error).__name__, str(error), seconds))
+            raise
+
+
+async def _within(
+    timeout_s: float | None,
+    work: _Work,
+    guard: Guard,
+    prompt: str | PromptTemplate | PromptFunction,
+    finish: FinishFunction | None,
+) -> ChunkReport:
+    """See `infer`."""
     try:
         async with asyncio.timeout(timeout_s) as deadline:
             return await work.run(prompt, finish)
@@ -93,11 +125,13 @@ async def infer(
 class _Work:
     """What a call does for its chunk, and how far it has come."""
 
-    def __init__(self, chunk: Chunk, solver: Solver) -> None:
+    def __init__(self, chunk: Chunk, solver: Solver, scope: events.Scope, recording: ChunkRecording) -> None:
         self._chunk = chunk
         self._solver = solver
+        self._scope = scope
+        self._recording = recording
         self._task: _Task | None = None
-        self._use: _DeviceWatch | None = None
+        self._silence: _Silence | None = None
 
     def __str__(self) -> str:
         chunk = self._chunk
@@ -107,13 +141,13 @@ class _Work:
         """What it is at, for a message."""
         if self._task is None:
             return "its rows were not read yet"
-        if self._use is None:
+        if self._silence is None:
             return "the model was still loading"
         return "its rows were being answered" if self._task.left else "its part was being written"
 
     def silent_s(self) -> float:
         """Seconds since the engine is there, if it gave nobody an answer meanwhile; else 0."""
-        return self._use.silent_s if self._use is not None else 0.0
+        return self._silence.seconds if self._silence is not None else 0.0
 
     async def run(self, prompt: str | PromptTemplate | PromptFunction, finish: FinishFunction | None) -> ChunkReport:
         """See `infer`."""
@@ -127,23 +161,44 @@ class _Work:
         if missing:
             raise BadInput(f"the prompt reads column {missing[0]!r}; the source has {', '.join(table.column_names)}")
         values = await asyncio.to_thread(_values, table if columns is None or finish else table.select(list(columns)))
-        task = self._task = _Task(values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row)
+        task = self._task = _Task(
+            values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row, self._scope
+        )
         died_at = -math.inf
         while True:
             batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
-            use = self._use = _DeviceWatch(batcher, started_at)
-            try:
-                await task.run(batcher)
-                break
-            except GONE as error:
-                now = time.monotonic()
-                if now - died_at < DEATHS_APART_S:
-                    raise
-                died_at, started_at = now, time.time()
-                logger.warning("%s with %d of %d rows to do; building the engine anew", error, task.left, chunk.rows)
-        task.check_engine()
-        info = await asyncio.to_thread(write_part, chunk, table, task.answered())
-        return ChunkReport(
+            self._silence = _Silence(batcher)
+            loaded_at = time.time()
+            with recorder.sampling(batcher) as samples:
+                try:
+                    await task.run(batcher)
+                    task.check_engine()
+                    info = await asyncio.to_thread(write_part, chunk, table, task.answered())
+                    break
+                except GONE as error:
+                    now = time.monotonic()
+                    if now - died_at < DEATHS_APART_S:
+                        raise
+                    died_at, started_at = now, time.time()
+                    left = task.left
+                    logger.warning("%s with %d of %d rows to do; building the engine anew", error, left, chunk.rows)
+        details = ChunkDetails(
+            process=process_name(),
+            batcher=batcher.id,
+            engine=batcher.engine_name,
+            started=started_at,
+            loaded=loaded_at,
+            ended=time.time(),
+            samples=samples(),
+            latencies=self._recording.latencies,
+            causes=info.causes,
+            examples=task.examples(),
+            prompt_lengths={float(bound): rows for bound, rows in info.prompt_lengths.items()},
+            response_lengths={float(bound): rows for bound, rows in info.response_lengths.items()},
+            stalls=tuple(self._recording.stalls),
+            engine_deaths=self._recording.engine_deaths,
+        )
+        report = ChunkReport(
             chunk_id=chunk.id,
             index=chunk.index,
             rows=info.rows,
@@ -152,8 +207,11 @@ class _Work:
             response_tokens=info.response_tokens,
             part=info.name,
             seconds=time.monotonic() - started,
-            device=use.until_now(),
+            details=details.to_json(),
         )
+        counts = report.rows, report.failures, report.prompt_tokens, report.response_tokens, report.seconds
+        emit(events.ChunkDone(time.time(), self._scope, *counts, info.causes))
+        return report
 
 
 def _values(table: Any) -> dict[str, list[Any]]:
@@ -183,6 +241,7 @@ class _Task:
     finish: FinishFunction | None
     results: list[Completion | Exception | None]
     first_row: int  # number of the chunk's first row in the source
+    scope: events.Scope
 
     engine_errors: list[Exception] = field(default_factory=list)  # of rows that the engine, not their content, failed
 
@@ -193,6 +252,18 @@ class _Task:
     def answered(self) -> list[Completion | Exception]:
         """The results, all of which are there."""
         return [result for result in self.results if result is not None]
+
+    def examples(self) -> tuple[Example, ...]:
+        """The first failed rows of each cause."""
+        found: dict[str, list[Example]] = {}
+        for index, result in enumerate(self.results):
+            if isinstance(result, Exception):
+                cause = type(result).__name__
+                known = found.setdefault(cause, [])
+                if len(known) < EXAMPLES and len(found) <= MOST_CAUSES:
+                    message = str(result)[:EXAMPLE_CHARACTERS]
+                    known.append(Example(self.first_row + index, cause, message))
+        return tuple(example for examples in found.values() for example in examples)
 
     def check_engine(self) -> None:
         """Tell poison rows from an engine that answers nothing: a failure in the output would stay there for ever.
@@ -237,6 +308,9 @@ class _Task:
             async for output in outputs:
                 if isinstance(output, Failure):
                     self.results[output.item] = output.error
+                    if output.stage != "infer":  # of those the batcher tells
+                        cause = type(output.error).__name__, str(output.error)
+                        emit(events.RecordFailed(time.time(), self.scope, output.stage, *cause))
                     if output.stage == "infer" and not isinstance(output.error, BadRecord):
                         self.engine_errors.append(output.error)
                 else:
@@ -250,21 +324,16 @@ class _Task:
         return row
 
 
-class _DeviceWatch:
-    """What a replica's device did between two moments, from its batcher's own clock."""
+class _Silence:
+    """For how long a batcher has given nobody an answer."""
 
-    def __init__(self, batcher: EngineOwner[Any, Completion, Any], since: float) -> None:
+    def __init__(self, batcher: EngineOwner[Any, Completion, Any]) -> None:
         self._batcher = batcher
-        self._before = batcher.stats
+        self._answered = batcher.stats.total_completed
         self._made = time.monotonic()
-        self._from = since
 
     @property
-    def silent_s(self) -> float:
-        """Seconds since this was made, if the batcher gave nobody an answer meanwhile; else 0."""
-        answered = self._batcher.stats.total_completed - self._before.total_completed
+    def seconds(self) -> float:
+        """Since this was made, if the batcher gave nobody an answer meanwhile; else 0."""
+        answered = self._batcher.stats.total_completed - self._answered
         return 0.0 if answered else time.monotonic() - self._made
-
-    def until_now(self) -> DeviceUse:
-        stats = self._batcher.stats
-        return DeviceUse(self._batcher.id, self._from, time.time(), self._before.busy_time_s, stats.busy_time_s)

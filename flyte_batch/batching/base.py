@@ -17,6 +17,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -158,6 +159,11 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
     def stats(self) -> BatchStats:
         """The figures at this moment, the running batch included; a copy that does not change."""
         return self._meter.snapshot(queued=len(self._backlog))
+
+    @property
+    def stats_source(self) -> Callable[[], BatchStats]:
+        """Gives `stats`, the queue left out, without keeping the batcher or its engine alive."""
+        return partial(self._meter.snapshot, queued=0)
 
     @property
     def is_running(self) -> bool:

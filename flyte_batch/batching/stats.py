@@ -134,28 +134,25 @@ class Meter:
         self.padded_cost: float = 0
         self.fill = self.loop_blocked_s = 0.0
         self._clock = clock
-        self._seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
-        self._phase: Phase = "off"
-        self._since = clock()
-        self._running = 0
-        self._record_seconds = 0.0
-        self._running_since = self._since
+        # Each swapped as a whole: another thread may take a snapshot meanwhile.
+        self._phases: tuple[Phase, float, dict[Phase, float]] = "off", clock(), dict.fromkeys(get_args(Phase), 0.0)
+        self._on_device: tuple[int, float, float] = 0, clock(), 0.0
 
     @property
     def phase(self) -> Phase:
-        return self._phase
+        return self._phases[0]
 
     def enter(self, phase: Phase, at: float | None = None) -> None:
         """From now on, or since ``at`` on the meter's clock, the time is ``phase``'s."""
-        now = self._clock() if at is None else max(at, self._since)
-        self._seconds[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        before, since, seconds = self._phases
+        now = self._clock() if at is None else max(at, since)
+        self._phases = phase, now, {**seconds, before: seconds[before] + now - since}
 
     def on_device(self, records: int) -> None:
         """From now on so many records are on the device."""
         now = self._clock()
-        self._record_seconds += self._running * (now - self._running_since)
-        self._running, self._running_since = records, now
+        running, since, record_seconds = self._on_device
+        self._on_device = records, now, record_seconds + running * (now - since)
 
     def batch_finished(self, records: int, cost: float, record_cost: float, padded_cost: float, fill: float) -> None:
         """One call of ``process_fn`` ended, well or badly."""
@@ -167,7 +164,10 @@ class Meter:
         self.fill += fill
 
     def snapshot(self, queued: int) -> BatchStats:
-        """The figures now, the phase that is under way included."""
+        """The figures now, the phase that is under way included. May be taken on any thread."""
+        now = self._clock()
+        phase, since, seconds = self._phases
+        running, running_since, record_seconds = self._on_device
         stats = BatchStats(
             total_submitted=self.submitted,
             total_completed=self.completed,
@@ -182,15 +182,15 @@ class Meter:
             total_fill=self.fill,
             out_of_memory=self.out_of_memory,
             queued=queued,
-            running=self._running,
-            busy_time_s=self._seconds["busy"],
-            record_time_s=self._record_seconds + self._running * (self._clock() - self._running_since),
-            starved_time_s=self._seconds["starved"],
-            assembling_time_s=self._seconds["assembling"],
-            late_time_s=self._seconds["late"],
+            running=running,
+            busy_time_s=seconds["busy"],
+            record_time_s=record_seconds + running * max(0.0, now - running_since),
+            starved_time_s=seconds["starved"],
+            assembling_time_s=seconds["assembling"],
+            late_time_s=seconds["late"],
             loop_blocked_s=self.loop_blocked_s,
         )
-        if self._phase == "off":
+        if phase == "off":
             return stats
-        name = f"{self._phase}_time_s"
-        return replace(stats, **{name: getattr(stats, name) + self._clock() - self._since})
+        name = f"{phase}_time_s"
+        return replace(stats, **{name: getattr(stats, name) + max(0.0, now - since)})

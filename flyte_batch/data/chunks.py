@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 RESULT_COLUMNS = ("response", "finish_reason", "error", "prompt_tokens", "response_tokens")
 """The columns that a part adds to the source's; a source column can't have one of these names."""
 
+MOST_CAUSES = 20
+"""Classes of errors that are told apart where failures are counted; the others are ``other``."""
+
 _ID_VERSION = 1
 
 
@@ -89,25 +92,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class DeviceUse:
-    """What one engine's device did between two moments; chunks that share an engine overlap.
-
-    Attributes:
-        engine: names one life of one engine.
-        start: Unix time in seconds.
-        end: Unix time in seconds.
-        busy_start: the device's busy seconds since the engine's start, at ``start``.
-        busy_end: the same at ``end``.
-    """
-
-    engine: str
-    start: float
-    end: float
-    busy_start: float
-    busy_end: float
-
-
-@dataclass(frozen=True)
 class ChunkReport:
     """What a worker tells the driver about one chunk: counts, never rows.
 
@@ -120,7 +104,7 @@ class ChunkReport:
         response_tokens: tokens of all responses.
         part: the part's file name.
         seconds: wall time from reading to commit.
-        device: what the replica's device did meanwhile.
+        details: how the replica fared meanwhile: a `flyte_batch.monitoring.details.ChunkDetails` as JSON.
     """
 
     chunk_id: str
@@ -131,7 +115,7 @@ class ChunkReport:
     response_tokens: int
     part: str
     seconds: float
-    device: DeviceUse
+    details: str
 
 
 def plan_chunks(

@@ -8,6 +8,7 @@ folders skip names that begin with an underscore.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -96,6 +97,14 @@ class Manifest:
         return sum(part.response_tokens for part in self.parts)
 
     @property
+    def causes(self) -> dict[str, int]:
+        """Class of the error -> failed rows."""
+        causes: Counter[str] = Counter()
+        for part in self.parts:
+            causes.update(part.causes)
+        return dict(causes.most_common())
+
+    @property
     def size(self) -> int:
         """Bytes of all parts."""
         return sum(part.bytes for part in self.parts)
@@ -123,7 +132,7 @@ class Manifest:
         )
 
 
-_TOTALS = ("rows", "failures", "prompt_tokens", "response_tokens", "size")
+_TOTALS = ("rows", "failures", "causes", "prompt_tokens", "response_tokens", "size")
 
 
 def _dump(content: Mapping[str, object]) -> bytes:

@@ -6,23 +6,27 @@ that was cut off, or that only has the right name, is never taken for a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flyte_batch.data import storage
-from flyte_batch.data.chunks import RESULT_COLUMNS, Chunk
+from flyte_batch.data.chunks import MOST_CAUSES, RESULT_COLUMNS, Chunk
 from flyte_batch.data.sources import decode_schema
 from flyte_batch.data.storage import Location
+from flyte_batch.histograms import count_tokens
 from flyte_batch.records import Completion
 
 MAX_ERROR_CHARACTERS = 2000
 
 _RESULT_TYPES = (pa.string(), pa.string(), pa.string(), pa.int64(), pa.int64())
 _COUNTS = ("rows", "failures", "prompt_tokens", "response_tokens")
+_CONTENTS = ("causes", "prompt_lengths", "response_lengths")
 _KEY = "flyte_batch."
 _ROW_GROUP_ROWS = 65_536
 _MAGIC = b"PAR1"
@@ -42,6 +46,10 @@ class PartInfo:
         prompt_tokens: of all rows.
         response_tokens: of all rows.
         bytes: size of the file.
+        causes: class of the error -> failed rows, the most frequent first; beyond `MOST_CAUSES` of them ``other``.
+        prompt_lengths: histogram of the answered rows' prompts by tokens (`flyte_batch.histograms.TOKEN_BOUNDS`); the
+            bounds are texts, as in JSON.
+        response_lengths: the same of their responses.
     """
 
     name: str
@@ -52,6 +60,9 @@ class PartInfo:
     prompt_tokens: int
     response_tokens: int
     bytes: int
+    causes: Mapping[str, int] = field(default_factory=dict)
+    prompt_lengths: Mapping[str, int] = field(default_factory=dict)
+    response_lengths: Mapping[str, int] = field(default_factory=dict)
 
 
 def part_schema(source_schema: pa.Schema) -> pa.Schema:
@@ -90,7 +101,7 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
         [None if one is None else one.response_tokens for one in completions],
     ]
     columns = [pa.array(column, kind) for column, kind in zip(values, _RESULT_TYPES, strict=True)]
-    counts = {
+    counts: dict[str, Any] = {
         "chunk_id": chunk.id,
         "first_row": chunk.first_row,
         "rows": chunk.rows,
@@ -98,12 +109,30 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
         "prompt_tokens": sum(one.prompt_tokens for one in completions if one is not None),
         "response_tokens": sum(one.response_tokens for one in completions if one is not None),
     }
+    answered = [one for one in completions if one is not None]
+    contents: dict[str, Any] = {
+        "causes": _causes(results),
+        "prompt_lengths": _lengths(one.prompt_tokens for one in answered),
+        "response_lengths": _lengths(one.response_tokens for one in answered),
+    }
     metadata = {f"{_KEY}{name}": str(value) for name, value in counts.items()}
+    metadata |= {f"{_KEY}{name}": json.dumps(value) for name, value in contents.items()}
     schema = part_schema(source_schema).with_metadata(metadata)
     table = pa.Table.from_arrays([*rows.columns, *columns], schema=schema)
     data = _encode(table)
     storage.write_atomically(storage.locate(chunk.output).child(chunk.part), data)
-    return PartInfo(name=chunk.part, bytes=len(data), **counts)  # type: ignore[arg-type]
+    return PartInfo(name=chunk.part, bytes=len(data), **counts, **contents)  # type: ignore[arg-type]
+
+
+def _causes(results: Sequence[Completion | Exception]) -> dict[str, int]:
+    errors = Counter(type(result).__name__ for result in results if isinstance(result, Exception))
+    causes = dict(sorted(errors.most_common(MOST_CAUSES), key=lambda each: (-each[1], each[0])))
+    rest = errors.total() - sum(causes.values())
+    return causes | ({"other": rest} if rest else {})
+
+
+def _lengths(tokens: Iterable[int]) -> dict[str, int]:
+    return {str(bound): rows for bound, rows in count_tokens(tokens).items()}
 
 
 def _encode(table: pa.Table) -> bytes:
@@ -140,10 +169,12 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
     stored = metadata.metadata or {}
     try:
         texts = {name: stored[f"{_KEY}{name}".encode()].decode() for name in ("chunk_id", "first_row", *_COUNTS)}
+        contents = {name: json.loads(stored[f"{_KEY}{name}".encode()]) for name in _CONTENTS}
         info = PartInfo(
             name=location.name,
             chunk_id=texts.pop("chunk_id"),
             bytes=size,
+            **contents,
             **{name: int(text) for name, text in texts.items()},
         )
     except (KeyError, ValueError):

@@ -32,6 +32,7 @@ class Batcher(Protocol):
         id: as in its events.
         engine_name: class of the engine, of the batcher where it owns none.
         stats: a `flyte_batch.BatchStats` of this moment.
+        stats_source: gives `stats`, the queue left out, without keeping the batcher or its engine alive.
         is_running: whether it takes records.
     """
 
@@ -43,6 +44,9 @@ class Batcher(Protocol):
 
     @property
     def stats(self) -> Any: ...
+
+    @property
+    def stats_source(self) -> Callable[[], Any]: ...
 
     @property
     def is_running(self) -> bool: ...

@@ -1,0 +1,126 @@
+"""Which backends a process has: the environment variable ``FLYTE_BATCH_MONITORING`` names them.
+
+A comma-separated list; `flyte_batch.replica_environment` and `driver_environment` set it for their containers, a shell
+sets it for local runs:
+
+- ``logs``: a JSON line an event, on standard error.
+- ``prometheus``, ``prometheus:9464``, ``prometheus:0.0.0.0:9464``: metrics to be scraped, by default on loopback.
+- ``push:http://gateway:9091``: the same metrics, pushed to a Pushgateway.
+- ``otel``: spans and metrics through the global OpenTelemetry providers, such as those of ``flyteplugins-otel``.
+- ``gpu``: samples of the GPUs by NVML, for the report and the metrics.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+from flyte_batch.errors import BadInput
+from flyte_batch.monitoring import hooks
+
+VARIABLE = "FLYTE_BATCH_MONITORING"
+DEFAULT_PORT = 9464
+"""Of OpenTelemetry's Prometheus exporter; nobody else's."""
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.Lock()
+_attached = False
+
+
+def check_backends(names: Sequence[str]) -> str:
+    """The variable's value for these backends.
+
+    Raises:
+        BadInput: one that there is not, or an address that is none.
+    """
+    for name in names:
+        if "," in name:
+            raise BadInput(f"monitoring: give {name!r} as a list of texts, one a backend")
+        _attacher(name)
+    return ",".join(names)
+
+
+def attach_backends() -> None:
+    """Attach what the environment variable names, once a process; what can't be attached is a warning, no error."""
+    global _attached
+    with _lock:
+        if _attached:
+            return
+        _attached = True
+    for name in filter(None, (each.strip() for each in os.environ.get(VARIABLE, "").split(","))):
+        try:
+            _attacher(name)()
+        except ImportError as error:
+            logger.warning(
+                "monitoring: %s is off, because %s can't be imported: install flyte-batch with the extra monitoring",
+                name.partition(":")[0], error.name,
+            )  # fmt: skip
+        except (BadInput, OSError) as error:
+            logger.warning("monitoring: %s is off: %s", name.partition(":")[0], error)
+
+
+def _attacher(name: str) -> Callable[[], None]:
+    """What attaches a backend."""
+    kind, _, rest = name.partition(":")
+    if kind == "logs" and not rest:
+        return _logs
+    if kind == "otel" and not rest:
+        return _otel
+    if kind == "gpu" and not rest:
+        return _gpu
+    if kind == "prometheus":
+        host, _, port = rest.rpartition(":")
+        if not rest or port.isdecimal():
+            return lambda: _prometheus(host or "127.0.0.1", int(port or DEFAULT_PORT))
+    if kind == "push" and "@" in rest:
+        raise BadInput("monitoring: the push gateway's address holds a user or a password, which would be seen by many")
+    if kind == "push" and rest.startswith(("http://", "https://")):
+        return lambda: _push(rest)
+    raise BadInput(
+        f"monitoring: {name!r} is no backend; there are logs, otel, gpu, prometheus, prometheus:PORT, "
+        "prometheus:HOST:PORT and push:http://GATEWAY"
+    )
+
+
+def _logs() -> None:
+    from flyte_batch.monitoring.json_logs import JsonLogs
+
+    hooks.subscribe(JsonLogs())
+
+
+@functools.cache
+def _metrics() -> None:
+    from flyte_batch.monitoring.prometheus import PrometheusHook
+
+    hooks.subscribe(PrometheusHook())
+
+
+def _prometheus(host: str, port: int) -> None:
+    from flyte_batch.monitoring.prometheus import serve
+
+    _metrics()
+    serve(port, host)
+
+
+def _push(gateway: str) -> None:
+    from flyte_batch.monitoring.prometheus import push
+
+    _metrics()
+    atexit.register(push(gateway).close)
+
+
+def _otel() -> None:
+    from flyte_batch.monitoring.otel import OtelHook
+
+    hooks.subscribe(OtelHook())
+
+
+def _gpu() -> None:
+    from flyte_batch.monitoring.gpu import start_sampler
+
+    start_sampler()

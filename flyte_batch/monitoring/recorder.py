@@ -1,0 +1,144 @@
+"""Listens for the chunks that a process works on, and keeps what their reports will say.
+
+One hook for all chunks: a batch of ten callers is looked at once. Samples of a batcher are taken when a batch is done,
+at most four a second: no timer, and what a batcher counts is cumulative, so that nothing is missed between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from flyte_batch.histograms import LATENCY_BOUNDS, bound
+from flyte_batch.monitoring import hooks
+from flyte_batch.monitoring.details import Sample, Stall
+from flyte_batch.monitoring.events import BatchDone, EngineDied, Event, LoopBlocked, Scope
+
+EVERY_S = 0.25
+MOST_KEPT = 4096
+"""Samples of one batcher; with more, every second one goes, and they are taken half as often."""
+MOST_REPORTED = 40
+"""Samples in one chunk's report: some 4 kB."""
+
+
+class ChunkRecording:
+    """What is recorded for one chunk.
+
+    Attributes:
+        latencies: histogram of its records: seconds from queue to result.
+        stalls: of the event loop.
+        engine_deaths: batchers that died meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.latencies: Counter[float] = Counter()
+        self.stalls: list[Stall] = []
+        self.engine_deaths = 0
+
+
+class _Series:
+    """Samples of one batcher."""
+
+    def __init__(self, batcher: hooks.Batcher) -> None:
+        self.batcher = batcher
+        self.samples: list[Sample] = []
+        self.users = 0
+        self._every_s = EVERY_S
+
+    def take(self, now: float) -> None:
+        stats = self.batcher.stats
+        self.samples.append(
+            Sample(
+                at=now,
+                busy_s=stats.busy_time_s,
+                starved_s=stats.starved_time_s,
+                assembling_s=stats.assembling_time_s,
+                late_s=stats.late_time_s,
+                completed=stats.total_completed,
+                batches=stats.total_batches,
+                fill=stats.total_fill,
+                queued=stats.queued,
+                running=stats.running,
+            )
+        )
+        if len(self.samples) > MOST_KEPT:
+            del self.samples[1:-1:2]
+            self._every_s *= 2
+
+    def take_if_due(self, now: float) -> None:
+        if now - self.samples[-1].at >= self._every_s:
+            self.take(now)
+
+
+class Recorder:
+    """The hook, and where workers say what they work on."""
+
+    def __init__(self) -> None:
+        self._recordings: dict[Scope, ChunkRecording] = {}
+        self._series: dict[str, _Series] = {}
+        self._unsubscribe: Callable[[], None] | None = None
+
+    @contextmanager
+    def recording(self, scope: Scope) -> Iterator[ChunkRecording]:
+        """Record what happens to the records of a chunk while the body of ``with`` runs."""
+        if self._unsubscribe is None:
+            self._unsubscribe = hooks.subscribe(self)
+        recording = self._recordings[scope] = ChunkRecording()
+        try:
+            yield recording
+        finally:
+            del self._recordings[scope]
+            if not self._recordings:
+                self._unsubscribe()
+                self._unsubscribe = None
+
+    @contextmanager
+    def sampling(self, batcher: hooks.Batcher) -> Iterator[Callable[[], tuple[Sample, ...]]]:
+        """Sample a batcher while the body of ``with`` runs; gives a function that tells the samples since then."""
+        series = self._series.setdefault(batcher.id, _Series(batcher))
+        series.users += 1
+        start = time.time()
+        series.take(start)
+
+        def samples() -> tuple[Sample, ...]:
+            series.take(time.time())
+            found = [sample for sample in series.samples if sample.at >= start]
+            return tuple(_thinned(found))
+
+        try:
+            yield samples
+        finally:
+            series.users -= 1
+            if not series.users:
+                del self._series[batcher.id]
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, BatchDone):
+            series = self._series.get(event.batcher)
+            if series is not None:
+                series.take_if_due(event.at)
+            for share in event.shares:
+                recording = self._recordings.get(share.scope)
+                if recording is not None:
+                    for seconds, records in share.latencies:
+                        recording.latencies[bound(seconds, LATENCY_BOUNDS)] += records
+        elif isinstance(event, LoopBlocked):
+            for recording in list(self._recordings.values()):
+                recording.stalls.append(Stall(event.at, event.seconds, event.code))
+        elif isinstance(event, EngineDied):
+            for recording in self._recordings.values():
+                recording.engine_deaths += 1
+
+
+def _thinned(samples: list[Sample]) -> list[Sample]:
+    """At most `MOST_REPORTED` of them, evenly spaced, the first and the last included."""
+    if len(samples) <= MOST_REPORTED:
+        return samples
+    step = (len(samples) - 1) / (MOST_REPORTED - 1)
+    return [samples[round(index * step)] for index in range(MOST_REPORTED)]
+
+
+recorder = Recorder()
+"""The process's."""

@@ -1,0 +1,388 @@
+"""What a driver knows of its run: what was planned, what the replicas told, and where their time went.
+
+The log is made of counts and times, bounded whatever the number of rows, and lies as ``_report.json`` beside the parts:
+a report can be made again from it. Its sums are those of the parts' footers, so chunks that an earlier run committed
+count in them; times are of this run only.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import Any
+
+from flyte_batch.histograms import added
+from flyte_batch.monitoring.details import ChunkDetails, Example, GpuUse, Sample, Stall
+
+MOST_SAMPLES = 600
+"""Of one engine; beyond twice that every second one goes."""
+MOST_EXAMPLES = 3
+"""Failed rows of each cause."""
+MOST_STALLS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run was to be.
+
+    Attributes:
+        rows: of the whole output.
+        chunks: of the whole output.
+        chunk_rows: rows per chunk.
+        rows_reused: those of ``rows`` that an earlier run committed.
+        chunks_reused: those of ``chunks`` that an earlier run committed.
+        replicas: most at once.
+        concurrency: chunks that one takes at once.
+        batch_rows: records in a full batch.
+        rows_per_s: what one replica was told or assumed to answer a second.
+        price_per_hour: of one replica, in any currency; None where it was not given.
+    """
+
+    rows: int
+    chunks: int
+    chunk_rows: int
+    rows_reused: int
+    chunks_reused: int
+    replicas: int
+    concurrency: int
+    batch_rows: int
+    rows_per_s: float
+    price_per_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEntry:
+    """A chunk that this run did, or that failed in it; times are Unix times, None for failed ones."""
+
+    index: int
+    rows: int
+    failures: int
+    prompt_tokens: int
+    response_tokens: int
+    batcher: str = ""
+    started: float | None = None
+    ended: float | None = None
+    error: str = ""
+
+
+@dataclass
+class EngineLog:
+    """One life of one engine on one replica, as the chunks that it answered tell it.
+
+    Attributes:
+        batcher: names that life.
+        process: the replica's process: a host and a process id.
+        engine: its class.
+        started: Unix time when the first of its chunks began.
+        loaded: Unix time when the first of its chunks had an engine.
+        ended: Unix time when the last of its chunks was committed.
+        samples: in the order of time.
+        rows: answered.
+        tokens: of prompts and responses.
+    """
+
+    batcher: str
+    process: str
+    engine: str
+    started: float
+    loaded: float
+    ended: float
+    samples: list[Sample] = field(default_factory=list)
+    rows: int = 0
+    tokens: int = 0
+
+    def add(self, details: ChunkDetails, rows: int, tokens: int) -> None:
+        """Take in what a chunk tells."""
+        self.started = min(self.started, details.started)
+        self.loaded = min(self.loaded, details.loaded)
+        self.ended = max(self.ended, details.ended)
+        self.rows += rows
+        self.tokens += tokens
+        for sample in details.samples:
+            at = bisect.bisect_left(self.samples, sample.at, key=lambda known: known.at)
+            if at == len(self.samples) or self.samples[at].at != sample.at:
+                self.samples.insert(at, sample)
+        if len(self.samples) > 2 * MOST_SAMPLES:
+            del self.samples[1:-1:2]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeShares:
+    """Where the seconds of engines went; together they are all of them.
+
+    Attributes:
+        busy: the device was at work.
+        loading: from the start of the first chunk until it had an engine: reading rows and the model's load.
+        starved: the device was free, and no records waited.
+        assembling: the device was free, and records waited for more to fill a batch.
+        blocked: the device was free, and the event loop was held up: it had not heard yet that a batch was done, or
+            stood still.
+        tail: the engine's last chunk was done, and the run went on elsewhere, or was being committed.
+    """
+
+    busy: float = 0.0
+    loading: float = 0.0
+    starved: float = 0.0
+    assembling: float = 0.0
+    blocked: float = 0.0
+    tail: float = 0.0
+
+    def __add__(self, other: TimeShares) -> TimeShares:
+        return TimeShares(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    @property
+    def utilization(self) -> float:
+        """Share (0-1) of the seconds in which devices were at work; 0 without any."""
+        return min(1.0, self.busy / self.total) if self.total > 0 else 0.0
+
+
+@dataclass
+class RunLog:
+    """One run.
+
+    Attributes:
+        output: the folder of the parts.
+        source: the source's path.
+        settings: what determines the answers: model, prompt, parameters, code version.
+        plan: what it was to be.
+        run: name of the Flyte run, "" outside of one.
+        action: name of the Flyte action, "" outside of one.
+        started: Unix time.
+        ended: Unix time of the last change, or of the end.
+        outcome: ``running``, ``done``, ``failed`` or ``cancelled``.
+        error: what ended it, "" if nothing did.
+        versions: package -> version, in the driver.
+        rows: in committed parts, those of earlier runs included.
+        failures: those of ``rows`` without a response.
+        prompt_tokens: of ``rows``.
+        response_tokens: of ``rows``.
+        causes: class of the error -> rows of ``failures``.
+        prompt_lengths: histogram of ``rows`` by tokens, failed ones left out.
+        response_lengths: the same of responses.
+        latencies: histogram of this run's records: seconds from a batcher's queue to the result.
+        examples: failed rows of this run.
+        chunks: that this run did, in the order of their ends, and those that failed.
+        engines: by batcher.
+        stalls: of event loops: (process, stall).
+        gpus: uuid -> the last that was told of it.
+        engine_deaths: that replicas told of.
+    """
+
+    output: str
+    source: str
+    settings: Mapping[str, object]
+    plan: Plan
+    run: str = ""
+    action: str = ""
+    started: float = 0.0
+    ended: float = 0.0
+    outcome: str = "running"
+    error: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    rows: int = 0
+    failures: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    causes: dict[str, int] = field(default_factory=dict)
+    prompt_lengths: Mapping[float, int] = field(default_factory=dict)
+    response_lengths: Mapping[float, int] = field(default_factory=dict)
+    latencies: Mapping[float, int] = field(default_factory=dict)
+    examples: list[Example] = field(default_factory=list)
+    chunks: list[ChunkEntry] = field(default_factory=list)
+    engines: dict[str, EngineLog] = field(default_factory=dict)
+    stalls: list[tuple[str, Stall]] = field(default_factory=list)
+    gpus: dict[str, GpuUse] = field(default_factory=dict)
+    engine_deaths: int = 0
+
+    # -- Filling it --------------------------------------------------------
+
+    def count(
+        self,
+        rows: int,
+        failures: int,
+        prompt_tokens: int,
+        response_tokens: int,
+        causes: Mapping[str, int],
+        prompt_lengths: Mapping[float, int],
+        response_lengths: Mapping[float, int],
+    ) -> None:
+        """Take in a committed part, of this run or an earlier one."""
+        self.rows += rows
+        self.failures += failures
+        self.prompt_tokens += prompt_tokens
+        self.response_tokens += response_tokens
+        self.causes = dict((Counter(self.causes) + Counter(causes)).most_common())
+        self.prompt_lengths = added((self.prompt_lengths, prompt_lengths))
+        self.response_lengths = added((self.response_lengths, response_lengths))
+
+    def add_chunk(self, entry: ChunkEntry, details: ChunkDetails) -> None:
+        """Take in a chunk that this run did."""
+        self.chunks.append(entry)
+        self.count(
+            entry.rows,
+            entry.failures,
+            entry.prompt_tokens,
+            entry.response_tokens,
+            details.causes,
+            details.prompt_lengths,
+            details.response_lengths,
+        )
+        self.latencies = added((self.latencies, details.latencies))
+        for example in details.examples:
+            if sum(known.cause == example.cause for known in self.examples) < MOST_EXAMPLES:
+                self.examples.append(example)
+        engine = self.engines.setdefault(
+            details.batcher,
+            EngineLog(
+                details.batcher, details.process, details.engine, details.started, details.loaded, details.ended
+            ),
+        )
+        engine.add(details, entry.rows, entry.prompt_tokens + entry.response_tokens)
+        for stall in details.stalls:
+            if (details.process, stall) not in self.stalls and len(self.stalls) < MOST_STALLS:
+                self.stalls.append((details.process, stall))
+        for gpu in details.gpus:
+            if gpu.uuid not in self.gpus or gpu.at > self.gpus[gpu.uuid].at:
+                self.gpus[gpu.uuid] = gpu
+        self.engine_deaths += details.engine_deaths
+
+    # -- What follows from it ----------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Of this run."""
+        return self.ended - self.started
+
+    @property
+    def rows_done(self) -> int:
+        """In parts that this run committed."""
+        return sum(chunk.rows for chunk in self.chunks if not chunk.error)
+
+    @property
+    def utilization(self) -> float:
+        """Share (0-1) of the time of all engines in which their devices were at work; see `TimeShares`."""
+        return self.time_shares().utilization
+
+    def time_shares(self) -> TimeShares:
+        """Where the seconds of all engines went."""
+        return sum((self.engine_time(each) for each in self.engines.values()), TimeShares())
+
+    def engine_time(self, engine: EngineLog) -> TimeShares:
+        """Where an engine's seconds went, from its first chunk to the run's end, or to its successor's first chunk."""
+        later = [
+            each.started
+            for each in self.engines.values()
+            if each.process == engine.process and each.started > engine.started
+        ]
+        end = max(engine.ended, min([self.ended, *later]))
+        first = engine.samples[0].at if engine.samples else engine.loaded
+        last = engine.samples[-1].at if engine.samples else engine.loaded
+        total = TimeShares(loading=max(0.0, first - engine.started), tail=max(0.0, end - last))
+        stalls = [stall for process, stall in self.stalls if process == engine.process]
+        return total + sum((_between(*pair, stalls) for pair in itertools.pairwise(engine.samples)), TimeShares())
+
+    @property
+    def replica_seconds(self) -> float:
+        """Seconds of all replicas, each from its first chunk to the end of the run."""
+        first: dict[str, float] = {}
+        for engine in self.engines.values():
+            first[engine.process] = min(engine.started, first.get(engine.process, engine.started))
+        return sum(max(0.0, self.ended - start) for start in first.values())
+
+    @property
+    def cost(self) -> float | None:
+        """Of `replica_seconds`, in the currency of the price; None where that was not given.
+
+        Containers that start, or stand idle before and after the run, are not in it, nor is the driver.
+        """
+        price = self.plan.price_per_hour
+        return None if price is None else price * self.replica_seconds / 3600
+
+    # -- As a file ---------------------------------------------------------
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
+        return content | {
+            "plan": asdict(self.plan),
+            "examples": [asdict(example) for example in self.examples],
+            "chunks": [list(astuple(chunk)) for chunk in self.chunks],
+            "engines": [
+                asdict(engine) | {"samples": [list(astuple(sample)) for sample in engine.samples]}
+                for engine in self.engines.values()
+            ],
+            "stalls": [[process, asdict(stall)] for process, stall in self.stalls],
+            "gpus": [asdict(gpu) for gpu in self.gpus.values()],
+        }
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> RunLog:
+        """What `to_plain` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        histograms = {
+            name: {float(bound): int(number) for bound, number in content[name].items()}
+            for name in ("prompt_lengths", "response_lengths", "latencies")
+        }
+        engines = [
+            EngineLog(**(each | {"samples": [Sample(*sample) for sample in each["samples"]]}))
+            for each in content["engines"]
+        ]
+        made = {
+            "plan": Plan(**content["plan"]),
+            "examples": [Example(**each) for each in content["examples"]],
+            "chunks": [ChunkEntry(*each) for each in content["chunks"]],
+            "engines": {engine.batcher: engine for engine in engines},
+            "stalls": [(process, Stall(**stall)) for process, stall in content["stalls"]],
+            "gpus": {each["uuid"]: GpuUse(**each) for each in content["gpus"]},
+        }
+        return cls(**{**content, **histograms, **made})
+
+
+def _between(before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
+    """Where the seconds between two samples went."""
+    starved, assembling = after.starved_s - before.starved_s, after.assembling_s - before.assembling_s
+    stood = sum(max(0.0, min(after.at, each.at) - max(before.at, each.at - each.seconds)) for each in stalls)
+    idle = starved + assembling
+    held = min(stood, idle)
+    left = 1 - held / idle if idle > 0 else 0.0
+    return TimeShares(
+        busy=after.busy_s - before.busy_s,
+        starved=starved * left,
+        assembling=assembling * left,
+        blocked=after.late_s - before.late_s + held,
+    )
+
+
+FORMAT_VERSION = 1
+
+
+def logs_to_json(logs: Iterable[RunLog]) -> bytes:
+    """``_report.json``: the runs over one output, the last one last."""
+    content = {"format_version": FORMAT_VERSION, "runs": [log.to_plain() for log in logs]}
+    return (json.dumps(content, separators=(",", ":")) + "\n").encode()
+
+
+def logs_from_json(data: bytes) -> list[RunLog]:
+    """What `logs_to_json` gave.
+
+    Raises:
+        ValueError: it is something else, or of another format version.
+    """
+    try:
+        content = json.loads(data)
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {content['format_version']}, this flyte_batch knows {FORMAT_VERSION}")
+        return [RunLog.from_plain(each) for each in content["runs"]]
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a log of runs: {type(error).__name__}: {error}") from error
