@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from datetime import UTC, datetime
 from functools import cache
@@ -45,6 +45,7 @@ _LEVEL_OF: dict[type[Event], Level] = {
     EngineDied: "error",
 }
 _NOWHERE = Scope()
+_encode = json.JSONEncoder(default=dict).encode  # a mapping that is no dict, such as the causes of failures
 
 
 class JsonLogs:
@@ -90,7 +91,7 @@ class JsonLogs:
         if not self._is_wanted(_level(event)):
             return
         lines = (line for line in self._lines(event) if self._is_wanted(line["level"]))
-        text = "".join(json.dumps(line, default=dict) + "\n" for line in lines)
+        text = "".join(_encode(line) + "\n" for line in lines)
         stream = self._stream if self._stream is not None else sys.stderr
         with self._lock:
             stream.write(text)
@@ -100,11 +101,16 @@ class JsonLogs:
         return _LEVELS.index(level) >= self._least
 
     def _lines(self, event: Event) -> Iterator[dict[str, Any]]:
-        own = {name: getattr(event, name) for name in _own_fields(type(event))}
+        names = (each.name for each in fields(event))
+        own = {name: getattr(event, name) for name in names if name not in ("at", "scope", "shares")}
         message = own.get("message")
         if message is not None:
             own["message"] = _cut(message, self._message_chars)
-        head = {"event": _snake_case(type(event)), "time": _rfc3339(event.at), "level": _level(event)}
+        head: dict[str, Any] = {
+            "event": _snake_case(type(event).__name__),
+            "time": _rfc3339(event.at),
+            "level": _level(event),
+        }
         if not isinstance(event, BatchDone):
             yield head | _whose(getattr(event, "scope", _NOWHERE)) | own
             return
@@ -138,20 +144,15 @@ def _level(event: Event) -> Level:
 
 
 @cache
-def _own_fields(kind: type[Event]) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(kind) if each.name not in ("at", "scope", "shares"))
-
-
-@cache
-def _snake_case(kind: type[Event]) -> str:
-    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).removeprefix("_")
+def _snake_case(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).removeprefix("_")
 
 
 def _rfc3339(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _whose(scope: Scope) -> Mapping[str, Any]:
+def _whose(scope: Scope) -> dict[str, Any]:
     return {
         "run": scope.run,
         "action": scope.action,
