@@ -1,0 +1,161 @@
+"""``flyte batch load``: whether the engine keeps its service level, and up to what rate."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flyte_batch.batching.engine_batcher import EngineOwner
+from flyte_batch.engines import start_engine
+from flyte_batch.errors import FlyteBatchError
+from flyte_batch.load.generator import LoadResult
+from flyte_batch.load.levels import ServiceLevel
+from flyte_batch.load.testing import InteractiveBatching, LoadReport, LoadTest, measure, plan_load_test
+from flyte_batch.records import Completion
+from flyte_batch.singletons import close_all, singleton
+
+_HEADER = ("rate/s", "p50 ms", "p99 ms", "errors", "avail.")
+
+
+@click.command("load")
+@click.option("--source", help="Prompts: JSONL or Parquet, a file, a folder or a glob. Left out: the demo's problems.")
+@click.option("--prompt", help="One text to ask again and again, instead of a source.")
+@click.option("--prompt_column", default="question", show_default=True, help="The source's column to ask.")
+@click.option("--prompt_template", help="A text with {column} fields to ask instead.")
+@click.option("--engine", default="auto", show_default=True, help="auto, ctranslate2, vllm or fake.")
+@click.option("--model", default="demo", show_default=True, help="demo, a folder or a Hugging Face id.")
+@click.option("--engine_options", default="{}", help="Further options of the engine, a JSON object.")
+@click.option("--max_tokens", default=256, show_default=True, help="Most tokens of a response.")
+@click.option("--sampling_options", default="{}", help="Further sampling parameters, a JSON object.")
+@click.option("--rate", "rate_per_s", type=float, help="Requests a second; without it, the highest rate is searched.")
+@click.option("--seconds", default=20.0, show_default=True, help="To measure, in each step of a search.")
+@click.option("--warm_up_s", default=5.0, show_default=True, help="Seconds before that, not measured.")
+@click.option("--timeout_s", default=10.0, show_default=True, help="A request is given up after so many seconds.")
+@click.option("--precision", default=0.1, show_default=True, help="Of a search: 0.1 finds the rate within 10%.")
+@click.option("--seed", default=0, show_default=True, help="Of the arrivals.")
+@click.option("--p50_ms", default=500.0, show_default=True, help="The median latency must be below.")
+@click.option("--p99_ms", default=2000.0, show_default=True, help="99% of the latencies must be below.")
+@click.option("--max_error_rate", default=0.001, show_default=True, help="The share of errors must be below.")
+@click.option("--min_availability", default=0.999, show_default=True, help="The share that is served must be above.")
+@click.option("--max_batch_size", default=32, show_default=True, help="Most prompts in a batch.")
+@click.option("--batch_timeout_s", default=0.005, show_default=True, help="A lone prompt waits so long for others.")
+@click.option("--max_queue_size", default=256, show_default=True, help="Most prompts that wait; others are rejected.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report, as JSON, here.")
+def command(
+    output: Path | None,
+    p50_ms: float,
+    p99_ms: float,
+    max_error_rate: float,
+    min_availability: float,
+    max_batch_size: int,
+    batch_timeout_s: float,
+    max_queue_size: int,
+    **options: Any,
+) -> None:
+    """Find the rate up to which an engine of this machine keeps its service level, or try one rate.
+
+    Requests come as those of many independent callers do (Poisson), whether the engine keeps up or not, and their
+    latency counts from when they were due. The exit code is 1 if the level is not kept at --rate, or at no rate.
+    """
+    try:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        test = plan_load_test(
+            level=ServiceLevel(p50_ms, p99_ms, max_error_rate, min_availability),
+            batching=InteractiveBatching(max_batch_size, batch_timeout_s, max_queue_size),
+            **options,
+        )
+        click.echo(f"{test.choice.engine}, {test.choice.model}: loading ...")
+        report = asyncio.run(_run(test))
+        if output is not None:
+            output.write_text(report.to_json() + "\n", encoding="utf-8")
+    except (FlyteBatchError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    width = min(shutil.get_terminal_size().columns, 100)
+    for paragraph in _conclusions(report):
+        click.echo(textwrap.fill(paragraph, width, subsequent_indent="  "))
+    if not report.is_kept:
+        raise SystemExit(1)
+
+
+async def _run(test: LoadTest) -> LoadReport:
+    @singleton
+    async def solver() -> EngineOwner[Any, Completion, Any]:
+        engine = await start_engine(test.choice, test.sampling, **json.loads(test.engine_options))
+        return test.batching.batcher(engine, test.sampling)
+
+    try:
+        click.echo("".join(f"{name:>8}" for name in _HEADER))
+        return await measure(test, solver, on_step=lambda step: click.echo(_row(step)))
+    finally:
+        await close_all()
+
+
+def _row(step: LoadResult) -> str:
+    """One step in 40 columns; a star beside what breaks its objective."""
+    broken = {objective.name for objective in step.broken}
+    cells = (
+        (f"{step.rate_per_s:,.4g}", ""),
+        (_ms(step.latencies.p50_ms), "p50"),
+        (_ms(step.latencies.p99_ms), "p99"),
+        (_share(step.error_rate), "errors"),
+        (_share(step.availability), "availability"),
+    )
+    return "".join(f"{text}{'*' if name in broken else ''}".rjust(8) for text, name in cells)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _share(value: float) -> str:
+    """A percentage that says 0% and 100% only where it is exactly that."""
+    if value in (0, 1):
+        return f"{value:.0%}"
+    return f"{min(value, 0.9999):.2%}" if value > 0.5 else f"{max(value, 0.0001):.2%}"
+
+
+def _conclusions(report: LoadReport) -> list[str]:
+    limit, level = report.limit, report.test.level
+    promise = (
+        f"p50 < {level.p50_ms:g} ms, p99 < {level.p99_ms:g} ms, errors < {level.max_error_rate * 100:g}%, "
+        f"availability > {level.min_availability * 100:g}%"
+    )
+    kept = limit.highest_kept
+    if kept is None:
+        verdict = f"is not kept at {limit.lowest_broken_per_s:g} requests/s: {limit.why}"
+    elif report.test.rate_per_s is not None:
+        verdict = f"is kept at {kept.rate_per_s:g} requests/s"
+    elif limit.lowest_broken_per_s is None:
+        verdict = f"is kept at every rate that was tried, up to {kept.rate_per_s:g} requests/s"
+    else:
+        verdict = f"is kept up to {kept.rate_per_s:g} requests/s, not at {limit.lowest_broken_per_s:g}: {limit.why}"
+    lines = [f"The level ({promise}) {verdict}."]
+    if kept is not None:
+        lines += _doubts(kept)
+    return [*lines, f"{report.hardware}; load average {report.load_average:.1f} at the start."]
+
+
+def _doubts(kept: LoadResult) -> list[str]:
+    lines = []
+    few = [objective for objective in kept.objectives if not objective.is_shown]
+    if few:
+        needed = max(objective.requests_needed for objective in few)
+        seconds = math.ceil(1.1 * needed / kept.rate_per_s)
+        lines.append(
+            f"{kept.requests:,} requests do not show it for {', '.join(each.name for each in few)} (with 95% confidence): "
+            f"that takes {needed:,} without a bad one (--rate {kept.rate_per_s:g} --seconds {seconds})."
+        )
+    if kept.is_generator_late:
+        lines.append(
+            f"Arrivals ran late (p99 {kept.late_p99_ms:,.0f} ms, at most {kept.late_max_ms:,.0f} ms): the event loop "
+            "was busy, and latencies include it."
+        )
+    return lines

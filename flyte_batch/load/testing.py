@@ -1,0 +1,382 @@
+"""A load test of an engine from a user's words to a report: what to ask, a batcher for interactive use, the measuring.
+
+The load runs in the process that owns the engine, and shares its event loop with the batcher: that is where the callers
+of a replica are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flyte_batch.batching import ContinuousBatcher, EngineBatcher
+from flyte_batch.batching.checks import finite_number, whole_number
+from flyte_batch.batching.engine_batcher import EngineOwner
+from flyte_batch.cores import available_cores
+from flyte_batch.engines import ContinuousEngine, Engine, EngineChoice, check_engine_options, choose_engine
+from flyte_batch.errors import BadInput, BadRecord, BatcherNotRunning
+from flyte_batch.load.generator import Latencies, LoadResult, check_rate, check_times, run_load
+from flyte_batch.load.levels import Objective, ServiceLevel
+from flyte_batch.load.limits import Limit, check_precision, find_limit
+from flyte_batch.options import parse_object, sampling_parameters
+from flyte_batch.prompts import PromptTemplate
+from flyte_batch.records import Completion, Prompt, SamplingParameters
+from flyte_batch.replica import this_replica
+
+MOST_PROMPTS = 1000
+"""That are read of a source."""
+
+Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
+"""Gives the process's engine and batcher: a `singleton`, which loads anew what died."""
+
+
+@dataclass(frozen=True)
+class InteractiveBatching:
+    """A batcher's options for callers who wait for their answers, where `EngineBatcher`'s defaults are for datasets.
+
+    What does not fit the queue is rejected at once (`QueueFull`), so that what was accepted is answered in time, and
+    callers take turns record by record.
+
+    Attributes:
+        max_batch_size: most records in a batch, for engines that take batches. A record waits for the batch before its
+            own and then for its own: so the time of two batches must be well below the p99 that is wanted.
+        batch_timeout_s: seconds that a lone record waits for company on a free device. Under load batches fill while
+            the device is busy, without it.
+        max_queue_size: most records that wait: what the device answers in the p99 that is wanted, or less.
+    """
+
+    max_batch_size: int = 32
+    batch_timeout_s: float = 0.005
+    max_queue_size: int = 256
+
+    def __post_init__(self) -> None:
+        whole_number("max_batch_size", self.max_batch_size, at_least=1, remedy="give the most records of a batch")
+        finite_number("batch_timeout_s", self.batch_timeout_s, remedy="give seconds; 0 waits for nobody")
+        whole_number("max_queue_size", self.max_queue_size, at_least=1, remedy="give the most records that may wait")
+
+    def batcher(
+        self, engine: Engine[Any, Completion], sampling: SamplingParameters
+    ) -> ContinuousBatcher[Any] | EngineBatcher[Any, Completion]:
+        """A batcher that owns a started engine; to be started by ``async with``, or returned from a `singleton`."""
+        if isinstance(engine, ContinuousEngine):
+            return ContinuousBatcher(engine, max_queue_size=self.max_queue_size, turn_size=1, overflow="reject")
+        return EngineBatcher(
+            engine,
+            max_batch_size=self.max_batch_size,
+            target_batch_tokens=self.max_batch_size * (sampling.max_tokens + 512),
+            batch_timeout_s=self.batch_timeout_s,
+            max_queue_size=self.max_queue_size,
+            turn_size=1,
+            overflow="reject",
+        )
+
+
+@dataclass(frozen=True)
+class LoadTest:
+    """What to ask of whom, how fast, and what is promised. Made by `plan_load_test`.
+
+    Attributes:
+        choice: engine and model.
+        sampling: how responses are continued.
+        engine_options: further parameters of the engine's ``start``: the text of a JSON object.
+        batching: the batcher's options.
+        source: rows to ask, JSONL or Parquet, at most the first `MOST_PROMPTS`; None for the demo model's problems.
+        template: a text with {column} fields, for the rows of ``source``.
+        prompt: one text to ask again and again instead.
+        rate_per_s: requests a second; None searches the highest rate that keeps the level.
+        seconds: measured, in each step of a search.
+        warm_up_s: before that, not measured.
+        timeout_s: seconds after which a request is given up.
+        precision: of a search, as for `find_limit`.
+        seed: of arrivals and records.
+        level: the objectives.
+    """
+
+    choice: EngineChoice
+    sampling: SamplingParameters
+    engine_options: str = "{}"
+    batching: InteractiveBatching = field(default_factory=InteractiveBatching)
+    source: str | None = None
+    template: str = "{question}"
+    prompt: str | None = None
+    rate_per_s: float | None = None
+    seconds: float = 20.0
+    warm_up_s: float = 5.0
+    timeout_s: float = 10.0
+    precision: float = 0.1
+    seed: int = 0
+    level: ServiceLevel = field(default_factory=ServiceLevel)
+
+    def __post_init__(self) -> None:
+        if self.rate_per_s is not None:
+            check_rate("rate_per_s", self.rate_per_s)
+        check_times(self.seconds, self.warm_up_s, self.timeout_s, self.level)
+        check_precision(self.precision)
+
+    def to_json(self) -> str:
+        """What travels to a replica."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LoadTest:
+        return _test(json.loads(text))
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The evidence of a load test.
+
+    Attributes:
+        started_at: when, in UTC, by ISO 8601.
+        took_s: seconds, the model's load not included.
+        hardware: what it ran on.
+        load_average: processes that wanted to run on that machine when it began: other work slows the engine.
+        versions: of Python and of the packages that matter, by name.
+        prompts: how many there were to choose from.
+        test: what was asked.
+        limit: what came out.
+    """
+
+    started_at: str
+    took_s: float
+    hardware: str
+    load_average: float
+    versions: dict[str, str]
+    prompts: int
+    test: LoadTest
+    limit: Limit
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the level was kept at the rate that was asked for; in a search, at any."""
+        return self.limit.highest_kept_per_s is not None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoadReport:
+        """
+        Raises:
+            BadInput: it is no report of a load test.
+        """
+        try:
+            report = json.loads(text)
+            return cls(**{**report, "test": _test(report["test"]), "limit": _limit(report["limit"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"this is no report of `flyte batch load --output` ({error}): make a new one") from error
+
+
+def _test(values: dict[str, Any]) -> LoadTest:
+    typed = {
+        "choice": EngineChoice(**values["choice"]),
+        "sampling": sampling_parameters(values["sampling"]),
+        "batching": InteractiveBatching(**values["batching"]),
+        "level": ServiceLevel(**values["level"]),
+    }
+    return LoadTest(**{**values, **typed})
+
+
+def _limit(values: dict[str, Any]) -> Limit:
+    return Limit(**{**values, "steps": tuple(_step(step) for step in values["steps"])})
+
+
+def _step(values: dict[str, Any]) -> LoadResult:
+    typed = {
+        "latencies": Latencies(**values["latencies"]),
+        "objectives": tuple(Objective(**objective) for objective in values["objectives"]),
+    }
+    return LoadResult(**{**values, **typed})
+
+
+def plan_load_test(
+    *,
+    source: str | None = None,
+    prompt: str | None = None,
+    prompt_column: str = "question",
+    prompt_template: str | None = None,
+    engine: str = "auto",
+    model: str = "demo",
+    engine_options: str = "{}",
+    max_tokens: int = 256,
+    sampling_options: str = "{}",
+    batching: InteractiveBatching | None = None,
+    here: bool = True,
+    **options: Any,
+) -> LoadTest:
+    """Check a user's words, without loading a model.
+
+    Args:
+        source: as in `LoadTest`; with ``prompt_column`` or ``prompt_template``.
+        prompt: one text to ask.
+        prompt_column: the column to ask, where no template is given.
+        prompt_template: text with {column} fields.
+        engine: as for `choose_engine`.
+        model: as for `choose_engine`.
+        engine_options: further options of the engine, a JSON object.
+        max_tokens: most tokens of a response.
+        sampling_options: further sampling parameters, a JSON object.
+        batching: the batcher's options.
+        here: whether the engine will run in this environment.
+        options: `LoadTest`'s other attributes.
+
+    Raises:
+        TypeError, BadInput: what cannot work, in one line, with the remedy.
+    """
+    if source is not None and prompt is not None:
+        raise BadInput("both a source and a prompt are given: leave one out")
+    test = LoadTest(
+        choice=choose_engine(engine, model, here=here),
+        sampling=sampling_parameters({"max_tokens": max_tokens} | parse_object("sampling_options", sampling_options)),
+        engine_options=json.dumps(parse_object("engine_options", engine_options), sort_keys=True),
+        batching=batching or InteractiveBatching(),
+        source=source,
+        template=prompt_template if prompt_template is not None else PromptTemplate.for_column(prompt_column).text,
+        prompt=prompt,
+        **options,
+    )
+    check_engine_options(test.choice.engine, json.loads(test.engine_options), test.sampling)
+    return test
+
+
+def read_prompts(test: LoadTest) -> list[Prompt]:
+    """What the test asks. Blocks on files.
+
+    Raises:
+        BadInput: the source cannot be read, or a row of it makes no prompt; the message says which.
+    """
+    if test.prompt is not None:
+        return [Prompt(test.prompt)]
+    if test.source is None:
+        from flyte_batch.demo.problems import generate
+
+        return [Prompt(problem.question) for problem in generate(MOST_PROMPTS, test.seed)]
+    from flyte_batch.data.sources import open_source
+
+    template = PromptTemplate(test.template)
+    rows = open_source(test.source, columns=template.columns).head(MOST_PROMPTS).to_pylist()
+    return _each(template, rows, "row")
+
+
+def _each(make: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
+    """What ``make`` makes of every item.
+
+    Raises:
+        BadInput: names the first that it makes nothing of.
+    """
+    made = []
+    for number, item in enumerate(items, 1):
+        try:
+            made.append(make(item))
+        except BadRecord as error:
+            raise BadInput(
+                f"{what} {number} cannot be asked ({error}), and a request that fails at once is no load: leave it out"
+            ) from error
+    return made
+
+
+async def measure(
+    test: LoadTest, solver: Solver, *, on_step: Callable[[LoadResult], object] | None = None
+) -> LoadReport:
+    """Load this process's engine with requests. Each tokenises its prompt on a thread, then goes through the batcher.
+
+    Args:
+        test: what to ask, and how fast.
+        solver: gives the batcher; asked for each request, as callers do, so that a dead engine is replaced.
+        on_step: hears of each load when it is over.
+
+    Raises:
+        BadInput: the prompts cannot be read or inferred.
+        Exception: the engine could not be loaded, or did not answer the first request.
+    """
+    prompts = await asyncio.to_thread(read_prompts, test)
+    batcher = await solver()
+    await asyncio.to_thread(_each, batcher.engine.prepare, prompts, "prompt")
+    started_at, started = datetime.now(UTC), time.monotonic()
+    load_average = os.getloadavg()[0]
+    if test.rate_per_s is None:
+        limit = await find_limit(
+            asker_of(solver),
+            prompts,
+            level=test.level,
+            precision=test.precision,
+            seconds=test.seconds,
+            warm_up_s=test.warm_up_s,
+            seed=test.seed,
+            timeout_s=test.timeout_s,
+            on_step=on_step,
+        )
+    else:
+        await asker_of(solver)(prompts[0])
+        result = await run_load(
+            asker_of(solver),
+            prompts,
+            test.rate_per_s,
+            test.seconds,
+            seed=test.seed,
+            timeout_s=test.timeout_s,
+            warm_up_s=test.warm_up_s,
+            level=test.level,
+        )
+        limit = Limit.of([result])
+        if on_step is not None:
+            on_step(result)
+    return LoadReport(
+        started_at=started_at.isoformat(timespec="seconds"),
+        took_s=time.monotonic() - started,
+        hardware=hardware(),
+        load_average=load_average,
+        versions=versions(),
+        prompts=len(prompts),
+        test=test,
+        limit=limit,
+    )
+
+
+def asker_of(solver: Solver) -> Callable[[Prompt], Awaitable[Completion]]:
+    """A request as an interactive caller makes it, from the prompt's text to the answer."""
+
+    async def ask(prompt: Prompt) -> Completion:
+        try:
+            batcher = await solver()
+        except Exception as error:
+            raise BatcherNotRunning(f"the engine died and could not be loaded again: {error}") from error
+        record = await asyncio.to_thread(batcher.engine.prepare, prompt)
+        completion: Completion = await (await batcher.submit(record))
+        return completion
+
+    return ask
+
+
+def hardware() -> str:
+    """Processor, usable cores and, in a replica, its GPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = itertools.chain((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), [""])
+    cores = available_cores()
+    replica = this_replica()
+    gpu = f", gpu {replica.gpu}" if replica is not None and replica.gpu is not None else ""
+    return f"{next(named) or platform.machine()}, {cores} core{'s' if cores > 1 else ''}{gpu}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed here."""
+    found = {"python": platform.python_version()}
+    for package in ("flyte-batch", "flyte", "ctranslate2", "vllm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
