@@ -105,7 +105,7 @@ class JsonLogs:
         own = {name: getattr(event, name) for name in names if name not in ("at", "scope", "shares")}
         message = own.get("message")
         if message is not None:
-            own["message"] = _cut(message, self._message_chars)
+            own["message"] = message[: self._message_chars]
         head: dict[str, Any] = {
             "event": _snake_case(type(event).__name__),
             "time": _rfc3339(event.at),
@@ -162,9 +162,3 @@ def _whose(scope: Scope) -> dict[str, Any]:
         "batcher": "",
         "batch": None,
     }
-
-
-def _cut(message: str, most: int) -> str:
-    if len(message) <= most:
-        return message
-    return message[: most - 1] + "…" if most else ""

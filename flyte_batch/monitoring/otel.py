@@ -1,0 +1,536 @@
+"""Events as OpenTelemetry spans and metrics.
+
+Spans nest as ``run`` -> ``chunk`` -> ``batch`` -> ``record``. A batch of a shared batcher may serve several traces: it
+is a span in each of them, with that trace's own records, and links to all chunks and callers that it serves. With
+`flyteplugins-otel <https://pypi.org/project/flyteplugins-otel/>`_ a run and all its replicas are one trace.
+
+Names follow OpenTelemetry's conventions where there are some (``gen_ai.usage.*``, ``error.type``, ``exception.*``) and
+flyteplugins-otel's for Flyte's own (``flyte.run_name``); the rest is below ``flyte_batch``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from opentelemetry import context as contexts
+from opentelemetry import metrics, propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, StatusCode, TracerProvider
+from opentelemetry.util.types import AttributeValue
+
+import flyte_batch
+from flyte_batch.errors import BadInput
+from flyte_batch.monitoring import hooks, scope
+from flyte_batch.monitoring.events import (
+    BatchDone,
+    ChunkDone,
+    ChunkFailed,
+    ChunkReported,
+    ChunkStarted,
+    EngineDied,
+    EngineLoaded,
+    Event,
+    LoopBlocked,
+    RecordFailed,
+    RecordsSubmitted,
+    RunEnded,
+    RunStarted,
+    Scope,
+    Share,
+)
+
+Attributes = dict[str, AttributeValue]
+
+_MOST_OPEN = 1000
+"""Chunks whose end never came, after which the oldest are ended."""
+_MOST_LINKS = 64
+_MOST_EXCEPTIONS = 10
+"""Failed records of a batch that are told of one by one."""
+_MOST_LATENCIES = 16
+"""Latencies that a batch adds to the histogram: OpenTelemetry takes them one by one, at some microseconds each."""
+_SECONDS = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92]
+"""What the conventions for generative AI say of durations."""
+_RECORDS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+
+class OtelHook:
+    """Gives spans and metrics to OpenTelemetry's providers.
+
+    The span of a run or chunk is the current one of the task that emits its event, until its end: what an engine, an
+    HTTP client or the user's own code traces meanwhile nests in it. A chunk's parent is the span in which its worker
+    was called: with flyteplugins-otel that of the Flyte task, which itself is a child of the driver's.
+
+    Use a provider that exports on a thread of its own (`BatchSpanProcessor`, as flyteplugins-otel's): spans end on the
+    event loop.
+
+    Args:
+        tracer_provider: takes the spans; by default the global one, which may be set later.
+        meter_provider: takes the metrics; by default the global one, which may be set later.
+        sample_records: share (0-1) of the records that get a span.
+        batches_per_chunk: so many batches of a chunk get a span; later ones do if one of their records is sampled.
+            Totals on the chunk's span count all.
+        message_chars: cut messages of errors to so many characters; 0 leaves them out.
+        propagate: has the actions that the driver calls know these texts, `flyte.custom_context`; with it they nest in
+            the run's span, else beside it.
+        rng: draws the sample.
+
+    Raises:
+        BadInput: an option that cannot work.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        *,
+        sample_records: float = 0.01,
+        batches_per_chunk: int = 1000,
+        message_chars: int = 200,
+        propagate: Callable[..., AbstractContextManager[object]] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        if not 0 <= sample_records <= 1:
+            raise BadInput(f"sample_records must be between 0 (no record) and 1 (every record), got {sample_records}")
+        for name, value in (("batches_per_chunk", batches_per_chunk), ("message_chars", message_chars)):
+            if value < 0:
+                raise BadInput(f"{name} must not be negative, got {value}")
+        self._tracer = trace.get_tracer("flyte_batch", flyte_batch.__version__, tracer_provider)
+        self._metrics = _Metrics(meter_provider)
+        self._sample = _Sample(sample_records, rng or random.Random())  # noqa: S311
+        self._batches_per_chunk = batches_per_chunk
+        self._message_chars = message_chars
+        self._propagate = propagate
+        self._lock = threading.Lock()
+        self._runs: dict[Scope, _Open] = {}
+        self._chunks: dict[Scope, _Open] = {}
+        self._failed: list[RecordFailed] = []  # of batches that are still to be told of
+        self._trace_source_before = scope.trace_source
+        self._trace_source = lambda: trace.get_current_span().get_span_context()
+        scope.trace_source = self._trace_source
+
+    def close(self) -> None:
+        """End what is open; scopes know no spans any more. Flushing is the providers' affair."""
+        if scope.trace_source is self._trace_source:
+            scope.trace_source = self._trace_source_before
+        self._metrics.close()
+        with self._lock:
+            for opened in chain(self._chunks.values(), self._runs.values()):
+                opened.give_up()
+            self._chunks.clear()
+            self._runs.clear()
+
+    def on_event(self, event: Event) -> None:
+        """Start, end or extend spans; count."""
+        with self._lock:
+            match event:
+                case BatchDone():
+                    self._batch_done(event)
+                case RecordsSubmitted():
+                    if event.scope in self._chunks:
+                        self._chunks[event.scope].batchers.add(event.batcher)
+                case RecordFailed():
+                    self._record_failed(event)
+                case ChunkStarted():
+                    self._chunk_started(event)
+                case ChunkDone():
+                    self._chunk_done(event)
+                case ChunkFailed():
+                    self._metrics.chunk_failed(event)
+                    self._end(self._chunks, event.scope, event.at, {}, event.error, event.message)
+                case EngineLoaded():
+                    self._engine_loaded(event)
+                case EngineDied():
+                    self._engine_died(event)
+                case LoopBlocked():
+                    self._loop_blocked(event)
+                case RunStarted():
+                    self._run_started(event)
+                case ChunkReported():
+                    self._chunk_reported(event)
+                case RunEnded():
+                    ended = {"flyte_batch.run.rows": event.rows, "flyte_batch.run.failures": event.failures}
+                    self._end(self._runs, event.scope, event.at, ended, event.error)
+
+    # -- Runs and chunks ---------------------------------------------------
+
+    def _run_started(self, event: RunStarted) -> None:
+        attributes: Attributes = {
+            "flyte_batch.output": event.output,
+            "flyte_batch.run.rows_planned": event.rows,
+            "flyte_batch.run.rows_reused": event.rows_reused,
+            "flyte_batch.run.chunks": event.chunks,
+            "flyte_batch.run.chunks_reused": event.chunks_reused,
+        }
+        opened = self._start("run", self._runs, event.scope, event.at, attributes)
+        if self._propagate is not None:
+            carrier: dict[str, str] = {}
+            propagate.inject(carrier)
+            opened.propagation = self._propagate(**carrier)
+            opened.propagation.__enter__()
+
+    def _chunk_reported(self, event: ChunkReported) -> None:
+        opened = self._runs.get(event.scope)
+        if opened is not None and event.error:
+            attributes = {"error.type": event.error, **_of_chunk(event.chunk, event.chunk_index)}
+            opened.span.add_event("flyte_batch.chunk.failed", attributes, _ns(event.at))
+
+    def _chunk_started(self, event: ChunkStarted) -> None:
+        attributes: Attributes = {
+            **_of_chunk(event.scope.chunk, event.scope.chunk_index),
+            "flyte_batch.chunk.rows": event.rows,
+            "flyte_batch.replica": scope.process_name(),
+        }
+        self._start("chunk", self._chunks, event.scope, event.at, attributes)
+
+    def _chunk_done(self, event: ChunkDone) -> None:
+        self._metrics.chunk_done(event)
+        ended = {
+            "flyte_batch.chunk.rows": event.rows,
+            "flyte_batch.chunk.failures": event.failures,
+            "gen_ai.usage.input_tokens": event.prompt_tokens,
+            "gen_ai.usage.output_tokens": event.response_tokens,
+        }
+        self._end(self._chunks, event.scope, event.at, ended)
+
+    def _start(self, name: str, table: dict[Scope, _Open], whose: Scope, at: float, attributes: Attributes) -> _Open:
+        before = contexts.get_current()
+        parent = _below(whose.trace) if isinstance(whose.trace, SpanContext) and whose.trace.is_valid else before
+        span = self._tracer.start_span(name, parent, attributes=_of_flyte(whose) | attributes, start_time=_ns(at))
+        contexts.attach(trace.set_span_in_context(span, before))
+        while len(table) >= _MOST_OPEN:
+            table.pop(next(iter(table))).give_up()
+        opened = table[whose] = _Open(span, before)
+        return opened
+
+    def _end(
+        self, table: dict[Scope, _Open], whose: Scope, at: float, attributes: Mapping[str, int], error: str = "",
+        message: str = "",
+    ) -> None:  # fmt: skip
+        opened = table.pop(whose, None)
+        if opened is None:
+            return
+        opened.span.set_attributes(attributes)
+        if error:
+            self._exception(opened.span, at, error, message)
+            _mark_failed(opened.span, error)
+        opened.end(at)
+
+    # -- Batches and records -----------------------------------------------
+
+    def _batch_done(self, event: BatchDone) -> None:
+        self._metrics.batch_done(event)
+        failed, self._failed = self._failed, []
+        if not event.shares:
+            return
+        requests: dict[tuple[int, int, str], _Request] = {}
+        for share in event.shares:
+            opened = self._chunks.get(share.scope)
+            span = opened.span.get_span_context() if opened is not None else share.scope.trace
+            if not isinstance(span, SpanContext):
+                span = trace.INVALID_SPAN_CONTEXT
+            run = share.scope.run
+            key = span.trace_id, span.span_id, run
+            requests.setdefault(key, _Request(span, run, opened)).shares.append(share)
+        traces: dict[tuple[int, str], list[_Request]] = {}
+        for request in requests.values():
+            traces.setdefault(request.trace, []).append(request)
+            if request.opened is not None:
+                request.opened.records += request.records
+                request.opened.batches += 1
+        for own in traces.values():
+            others = (request for request in requests.values() if request.trace != own[0].trace)
+            self._trace_batch(event, own, others, failed)
+
+    def _trace_batch(
+        self, event: BatchDone, own: list[_Request], others: Iterable[_Request], failed: list[RecordFailed]
+    ) -> None:
+        """The part of a batch that one trace has."""
+        shares = [share for request in own for share in request.shares]
+        sampled = [(share, latency) for share in shares for latency in self._sample.of(share)]
+        main = max(own, key=lambda request: request.records)
+        if main.span.is_valid and not main.span.trace_flags.sampled:
+            return
+        if main.opened is not None and main.opened.batches > self._batches_per_chunk and not sampled:
+            return
+        links = [request.link() for request in islice(chain(own, others), _MOST_LINKS) if request.span.is_valid]
+        records = sum(request.records for request in own)
+        failures = sum(request.failed for request in own)
+        attributes: Attributes = {
+            **_of_flyte(Scope(main.run)),
+            "flyte_batch.batcher.id": event.batcher,
+            "flyte_batch.batch.number": event.batch,
+            "flyte_batch.batch.records": event.records,
+            "flyte_batch.batch.fill": event.fill,
+            "flyte_batch.records": records,
+            "flyte_batch.failed": failures,
+            "flyte_batch.cost": sum(share.cost for share in shares),
+        }
+        parent = _below(main.span)
+        span = self._tracer.start_span(
+            "batch", parent, attributes=attributes, links=links, start_time=_ns(event.started_at)
+        )
+        if failures:
+            scopes = {share.scope for share in shares}
+            mine = [each for each in failed if each.batcher == event.batcher and each.scope in scopes]
+            for each in mine[:_MOST_EXCEPTIONS]:
+                self._exception(span, each.at, each.error, each.message)
+            if failures == records:
+                _mark_failed(span, mine[0].error if mine else "")
+        below = trace.set_span_in_context(span, Context())
+        for share, latency in sampled:
+            attributes = _of_chunk(share.scope.chunk, share.scope.chunk_index)
+            record = self._tracer.start_span("record", below, attributes=attributes, start_time=_ns(event.at - latency))
+            record.end(_ns(event.at))
+        span.end(_ns(event.at))
+
+    def _record_failed(self, event: RecordFailed) -> None:
+        self._metrics.record_failed(event)
+        if event.batcher:
+            self._failed.append(event)  # its batch comes next
+            del self._failed[:-_MOST_OPEN]
+        elif event.scope in self._chunks:
+            stage: Attributes = {"flyte_batch.stage": event.stage}
+            self._exception(self._chunks[event.scope].span, event.at, event.error, event.message, stage)
+
+    def _exception(self, span: Span, at: float, error: str, message: str, more: Attributes | None = None) -> None:
+        attributes: Attributes = {"exception.type": error, **(more or {})}
+        if message and self._message_chars:
+            attributes["exception.message"] = message[: self._message_chars]
+        span.add_event("exception", attributes, _ns(at))
+
+    # -- Engines and the event loop ----------------------------------------
+
+    def _engine_loaded(self, event: EngineLoaded) -> None:
+        """A span below the chunk for which it was loaded; with links to the others that waited for it."""
+        waiting = [opened.span for opened in self._chunks.values() if not opened.batchers]
+        span = self._tracer.start_span(
+            "load",
+            trace.set_span_in_context(waiting[0], Context()) if waiting else contexts.get_current(),
+            attributes={"flyte_batch.engine.factory": event.name, "flyte_batch.replica": scope.process_name()},
+            links=[Link(each.get_span_context()) for each in waiting[1:_MOST_LINKS]],
+            start_time=_ns(event.at - event.seconds),
+        )
+        if event.error:
+            _mark_failed(span, event.error)
+        span.end(_ns(event.at))
+
+    def _engine_died(self, event: EngineDied) -> None:
+        self._metrics.engine_died(event)
+        for opened in self._chunks.values():
+            if event.batcher in opened.batchers:
+                died: Attributes = {"flyte_batch.batcher.id": event.batcher, "flyte_batch.lost": event.lost}
+                self._exception(opened.span, event.at, event.error, event.message, died)
+
+    def _loop_blocked(self, event: LoopBlocked) -> None:
+        self._metrics.loop_blocked(event)
+        blocked: Attributes = {"flyte_batch.seconds": event.seconds, "flyte_batch.code": event.code}
+        for opened in self._chunks.values():
+            opened.span.add_event("flyte_batch.loop.blocked", blocked, _ns(event.at))
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """A span that has not ended, and what was current before it."""
+
+    span: Span
+    before: Context
+    batchers: set[str] = field(default_factory=set)
+    records: int = 0
+    batches: int = 0
+    propagation: AbstractContextManager[object] | None = None
+
+    def end(self, at: float) -> None:
+        if self.batches:
+            self.span.set_attributes({"flyte_batch.records": self.records, "flyte_batch.batches": self.batches})
+        self.span.end(_ns(at))
+        if trace.get_current_span() is self.span:
+            contexts.attach(self.before)
+        if self.propagation is not None:
+            self.propagation.__exit__(None, None, None)
+
+    def give_up(self) -> None:
+        """End it without having heard of its end; the task it was current in is elsewhere."""
+        self.span.set_attribute("flyte_batch.unfinished", True)
+        self.span.end()
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """What one span has of a batch: a chunk's, or that of a caller outside of chunks."""
+
+    span: SpanContext
+    run: str
+    opened: _Open | None
+    shares: list[Share] = field(default_factory=list)
+
+    @property
+    def trace(self) -> tuple[int, str]:
+        """Requests that have this in common get one span for a batch."""
+        return self.span.trace_id, self.run
+
+    @property
+    def records(self) -> int:
+        return sum(share.records for share in self.shares)
+
+    @property
+    def failed(self) -> int:
+        return sum(share.failed for share in self.shares)
+
+    def link(self) -> Link:
+        return Link(self.span, {**_of_flyte(self.shares[0].scope), "flyte_batch.records": self.records})
+
+
+class _Sample:
+    """Picks each record with the same probability, at a cost for each picked one only."""
+
+    def __init__(self, share: float, rng: random.Random) -> None:
+        self._share = share
+        self._rng = rng
+        self._skip = self._draw()
+
+    def of(self, share: Share) -> Iterator[float]:
+        """The latencies of the picked records."""
+        for latency, count in share.latencies:
+            left = count
+            while self._skip < left:
+                left -= int(self._skip) + 1
+                self._skip = self._draw()
+                yield latency
+            self._skip -= left
+
+    def _draw(self) -> float:
+        """How many records to pass over before the next one."""
+        if self._share in (0, 1):
+            return 0 if self._share else math.inf
+        return math.floor(math.log(1 - self._rng.random()) / math.log(1 - self._share))
+
+
+class _Metrics:
+    """The instruments; their meaning is that of the Prometheus metrics."""
+
+    def __init__(self, provider: MeterProvider | None) -> None:
+        meter = metrics.get_meter("flyte_batch", flyte_batch.__version__, provider)
+        self._closed = False
+        self._records = meter.create_counter("flyte_batch.records", "{record}", "Records that got their outcome")
+        self._failures = meter.create_counter("flyte_batch.failures", "{record}", "Failed records by stage and error")
+        self._rows = meter.create_counter("flyte_batch.rows", "{row}", "Rows of committed chunks")
+        self._chunks = meter.create_counter("flyte_batch.chunks", "{chunk}", "Chunks that ended")
+        self._tokens = meter.create_counter("flyte_batch.tokens", "{token}", "Tokens of committed chunks")
+        self._deaths = meter.create_counter("flyte_batch.engine.deaths", "{death}", "Batchers that could not go on")
+        self._blocked = meter.create_counter("flyte_batch.loop.blocked", "s", "Time that the event loop stood still")
+        self._batch_size = meter.create_histogram(
+            "flyte_batch.batch.size", "{record}", "Records of a batch", explicit_bucket_boundaries_advisory=_RECORDS
+        )
+        self._batch_duration = meter.create_histogram(
+            "flyte_batch.batch.duration", "s", "Time of a batch on the device",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )  # fmt: skip
+        self._latency = meter.create_histogram(
+            "flyte_batch.record.duration", "s",
+            f"Time from entering the queue to the outcome, of at most {_MOST_LATENCIES} records of a batch",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )  # fmt: skip
+        meter.create_observable_up_down_counter(
+            "flyte_batch.queue.size", [self._queued], "{record}", "Records that wait"
+        )
+        meter.create_observable_counter("flyte_batch.device.time", [self._device_time], "s", "What the device did")
+
+    def close(self) -> None:
+        self._closed = True
+
+    def batch_done(self, event: BatchDone) -> None:
+        outcome = "done" if event.shares else "out_of_memory" if event.out_of_memory else "split"
+        attributes = {"flyte_batch.outcome": outcome}
+        self._batch_size.record(event.records, attributes)
+        self._batch_duration.record(event.at - event.started_at, attributes)
+        records = sum(share.records for share in event.shares)
+        failed = sum(share.failed for share in event.shares)
+        if records > failed:
+            self._records.add(records - failed, _OK)
+        if failed:
+            self._records.add(failed, _FAILED)
+        for latency in _evenly_picked(event.shares, records):
+            self._latency.record(latency)
+
+    def record_failed(self, event: RecordFailed) -> None:
+        self._failures.add(1, {"error.type": event.error, "flyte_batch.stage": event.stage})
+
+    def chunk_done(self, event: ChunkDone) -> None:
+        self._chunks.add(1, _OK)
+        if event.rows > event.failures:
+            self._rows.add(event.rows - event.failures, _OK)
+        if event.failures:
+            self._rows.add(event.failures, _FAILED)
+        self._tokens.add(event.prompt_tokens, {"gen_ai.token.type": "input"})
+        self._tokens.add(event.response_tokens, {"gen_ai.token.type": "output"})
+
+    def chunk_failed(self, event: ChunkFailed) -> None:
+        self._chunks.add(1, {**_FAILED, "error.type": event.error})
+
+    def engine_died(self, event: EngineDied) -> None:
+        self._deaths.add(1, {"error.type": event.error, "flyte_batch.engine": event.engine})
+
+    def loop_blocked(self, event: LoopBlocked) -> None:
+        self._blocked.add(event.seconds)
+
+    def _queued(self, _: CallbackOptions) -> Iterator[Observation]:
+        for batcher in self._batchers():
+            yield Observation(batcher.stats.queued, {"flyte_batch.batcher.id": batcher.id})
+
+    def _device_time(self, _: CallbackOptions) -> Iterator[Observation]:
+        for batcher in self._batchers():
+            stats = batcher.stats
+            for state in ("busy", "starved", "assembling", "late"):
+                attributes = {"flyte_batch.batcher.id": batcher.id, "flyte_batch.device.state": state}
+                yield Observation(getattr(stats, f"{state}_time_s"), attributes)
+
+    def _batchers(self) -> list[hooks.Batcher]:
+        return [] if self._closed else hooks.live_batchers()
+
+
+_OK = {"flyte_batch.outcome": "ok"}
+_FAILED = {"flyte_batch.outcome": "failed"}
+
+
+def _evenly_picked(shares: Iterable[Share], records: int) -> Iterator[float]:
+    """Latencies of at most `_MOST_LATENCIES` of the records, every n-th of them."""
+    step = max(1.0, records / _MOST_LATENCIES)
+    due, seen = step / 2, 0
+    for share in shares:
+        for latency, count in share.latencies:
+            seen += count
+            while due <= seen:
+                yield latency
+                due += step
+
+
+def _below(span: SpanContext) -> Context:
+    """A context for children of this span; for spans without a parent if there is none."""
+    return trace.set_span_in_context(NonRecordingSpan(span), Context()) if span.is_valid else Context()
+
+
+def _of_flyte(whose: Scope) -> Attributes:
+    found = {"flyte.run_name": whose.run, "flyte.action_name": whose.action}
+    return {name: value for name, value in found.items() if value}
+
+
+def _of_chunk(chunk: str, index: int | None) -> Attributes:
+    attributes: Attributes = {"flyte_batch.chunk.id": chunk} if chunk else {}
+    return attributes if index is None else attributes | {"flyte_batch.chunk.index": index}
+
+
+def _mark_failed(span: Span, error: str) -> None:
+    if error:
+        span.set_attribute("error.type", error)
+    span.set_status(StatusCode.ERROR, error or None)
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
