@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import shutil
 import textwrap
 from pathlib import Path
@@ -17,7 +16,9 @@ from flyte_batch.engines import start_engine
 from flyte_batch.errors import FlyteBatchError
 from flyte_batch.load.generator import LoadResult
 from flyte_batch.load.levels import ServiceLevel
-from flyte_batch.load.testing import InteractiveBatching, LoadReport, LoadTest, measure, plan_load_test
+from flyte_batch.load.measure import measure
+from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
+from flyte_batch.load.report import LoadReport, conclusions
 from flyte_batch.records import Completion
 from flyte_batch.singletons import close_all, singleton
 
@@ -79,7 +80,7 @@ def command(
     except (FlyteBatchError, OSError) as error:
         raise click.ClickException(str(error)) from error
     width = min(shutil.get_terminal_size().columns, 100)
-    for paragraph in _conclusions(report):
+    for paragraph in conclusions(report):
         click.echo(textwrap.fill(paragraph, width, subsequent_indent="  "))
     if not report.is_kept:
         raise SystemExit(1)
@@ -120,42 +121,3 @@ def _share(value: float) -> str:
     if value in (0, 1):
         return f"{value:.0%}"
     return f"{min(value, 0.9999):.2%}" if value > 0.5 else f"{max(value, 0.0001):.2%}"
-
-
-def _conclusions(report: LoadReport) -> list[str]:
-    limit, level = report.limit, report.test.level
-    promise = (
-        f"p50 < {level.p50_ms:g} ms, p99 < {level.p99_ms:g} ms, errors < {level.max_error_rate * 100:g}%, "
-        f"availability > {level.min_availability * 100:g}%"
-    )
-    kept = limit.highest_kept
-    if kept is None:
-        verdict = f"is not kept at {limit.lowest_broken_per_s:g} requests/s: {limit.why}"
-    elif report.test.rate_per_s is not None:
-        verdict = f"is kept at {kept.rate_per_s:g} requests/s"
-    elif limit.lowest_broken_per_s is None:
-        verdict = f"is kept at every rate that was tried, up to {kept.rate_per_s:g} requests/s"
-    else:
-        verdict = f"is kept up to {kept.rate_per_s:g} requests/s, not at {limit.lowest_broken_per_s:g}: {limit.why}"
-    lines = [f"The level ({promise}) {verdict}."]
-    if kept is not None:
-        lines += _doubts(kept)
-    return [*lines, f"{report.hardware}; load average {report.load_average:.1f} at the start."]
-
-
-def _doubts(kept: LoadResult) -> list[str]:
-    lines = []
-    few = [objective for objective in kept.objectives if not objective.is_shown]
-    if few:
-        needed = max(objective.requests_needed for objective in few)
-        seconds = math.ceil(1.1 * needed / kept.rate_per_s)
-        lines.append(
-            f"{kept.requests:,} requests do not show it for {', '.join(each.name for each in few)} (with 95% confidence): "
-            f"that takes {needed:,} without a bad one (--rate {kept.rate_per_s:g} --seconds {seconds})."
-        )
-    if kept.is_generator_late:
-        lines.append(
-            f"Arrivals ran late (p99 {kept.late_p99_ms:,.0f} ms, at most {kept.late_max_ms:,.0f} ms): the event loop "
-            "was busy, and latencies include it."
-        )
-    return lines

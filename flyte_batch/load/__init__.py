@@ -1,8 +1,8 @@
 """Interactive use: whether a batcher keeps a service level under load, and up to what rate.
 
 `run_load` makes requests at a given mean rate and says what became of them; `find_limit` searches the rate at which a
-`ServiceLevel` stops to be kept. Both take any batcher, or any async function. ``testing`` is what `flyte batch load`
-and ``workflows/load.py`` do with an engine and its prompts.
+`ServiceLevel` stops to be kept. Both take any batcher, or any async function. ``plan``, ``measure`` and ``report`` are
+what `flyte batch load` and ``workflows/load.py`` do with an engine and its prompts.
 """
 
 from flyte_batch.load.generator import Latencies, LoadResult, run_load

@@ -119,6 +119,26 @@ class LoadResult:
         return tuple(objective for objective in self.objectives if not objective.is_kept)
 
     @property
+    def why(self) -> str:
+        """Which objectives were broken, with figures; empty if all were kept."""
+        if self.is_kept:
+            return ""
+        causes = [str(objective) for objective in self.broken]
+        for kind, counted in (("errors", self.errors), ("unavailable", self.unavailable)):
+            if counted:
+                causes.append(f"{kind}: " + ", ".join(f"{count:,} {name}" for name, count in counted.items()))
+        if self.is_generator_late:
+            causes.append(
+                f"arrivals ran late (p99 {self.late_p99_ms:,.0f} ms): the event loop that makes them was busy, so this "
+                "may be its limit, not the engine's"
+            )
+        return "; ".join(causes)
+
+    def __str__(self) -> str:
+        measured = ", ".join(str(objective) for objective in self.objectives)
+        return f"{self.rate_per_s:g} requests/s, {self.requests:,} requests: {measured if self.is_kept else self.why}"
+
+    @property
     def is_generator_late(self) -> bool:
         """Whether arrivals ran so late, by a tenth of the median that is allowed, that it blurs what was measured."""
         return self.late_p99_ms > self.objectives[0].limit / 10

@@ -148,12 +148,14 @@ def at_most(successes: int, trials: int, share: float) -> float:
         return 1.0
     if share >= 1:
         return 0.0
+    if successes > trials * share:  # the other end has fewer terms, that do not vanish
+        return 1 - at_most(trials - successes - 1, trials, 1 - share)
     chances = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(trials - successes + 1)
     term = math.exp(chances + successes * math.log(share) + (trials - successes) * math.log1p(-share))
     total = 0.0
     for k in range(successes, -1, -1):
         total += term
-        if term < total * 1e-12 and k < trials * share:
+        if term < total * 1e-12:
             break
         term *= k / (trials - k + 1) * (1 - share) / share
     return min(1.0, total)

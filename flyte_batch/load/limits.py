@@ -43,7 +43,7 @@ class Limit:
             tuple(steps),
             None if kept is None else kept.rate_per_s,
             None if broken is None else broken.rate_per_s,
-            "" if broken is None else why(broken),
+            "" if broken is None else broken.why,
         )
 
     @property
@@ -54,20 +54,6 @@ class Limit:
 
 def _rate(step: LoadResult) -> float:
     return step.rate_per_s
-
-
-def why(step: LoadResult) -> str:
-    """Which objectives a load broke, and by what."""
-    causes = [str(objective) for objective in step.broken]
-    for kind, counted in (("errors", step.errors), ("unavailable", step.unavailable)):
-        if counted and not step.is_kept:
-            causes.append(f"{kind}: " + ", ".join(f"{count} {name}" for name, count in counted.items()))
-    if causes and step.is_generator_late:
-        causes.append(
-            f"arrivals ran late (p99 {step.late_p99_ms:,.0f} ms): the event loop that makes them was busy, so this may "
-            "be its limit, not the engine's"
-        )
-    return "; ".join(causes)
 
 
 async def find_limit(

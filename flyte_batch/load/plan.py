@@ -1,43 +1,25 @@
-"""A load test of an engine from a user's words to a report: what to ask, a batcher for interactive use, the measuring.
-
-The load runs in the process that owns the engine, and shares its event loop with the batcher: that is where the callers
-of a replica are.
-"""
+"""What a load test asks, of whom and how fast: from a user's words, checked before a model loads."""
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
-import os
-import platform
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from flyte_batch.batching import ContinuousBatcher, EngineBatcher
 from flyte_batch.batching.checks import finite_number, whole_number
-from flyte_batch.batching.engine_batcher import EngineOwner
-from flyte_batch.cores import available_cores
 from flyte_batch.engines import ContinuousEngine, Engine, EngineChoice, check_engine_options, choose_engine
-from flyte_batch.errors import BadInput, BadRecord, BatcherNotRunning
-from flyte_batch.load.generator import Latencies, LoadResult, check_rate, check_times, run_load
-from flyte_batch.load.levels import Objective, ServiceLevel
-from flyte_batch.load.limits import Limit, check_precision, find_limit
+from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.load.generator import check_rate, check_times
+from flyte_batch.load.levels import ServiceLevel
+from flyte_batch.load.limits import check_precision
 from flyte_batch.options import parse_object, sampling_parameters
 from flyte_batch.prompts import PromptTemplate
 from flyte_batch.records import Completion, Prompt, SamplingParameters
-from flyte_batch.replica import this_replica
 
 MOST_PROMPTS = 1000
 """That are read of a source."""
-
-Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
-"""Gives the process's engine and batcher: a `singleton`, which loads anew what died."""
 
 
 @dataclass(frozen=True)
@@ -129,74 +111,21 @@ class LoadTest:
 
     @classmethod
     def from_json(cls, text: str) -> LoadTest:
-        return _test(json.loads(text))
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """The evidence of a load test.
-
-    Attributes:
-        started_at: when, in UTC, by ISO 8601.
-        took_s: seconds, the model's load not included.
-        hardware: what it ran on.
-        load_average: processes that wanted to run on that machine when it began: other work slows the engine.
-        versions: of Python and of the packages that matter, by name.
-        prompts: how many there were to choose from.
-        test: what was asked.
-        limit: what came out.
-    """
-
-    started_at: str
-    took_s: float
-    hardware: str
-    load_average: float
-    versions: dict[str, str]
-    prompts: int
-    test: LoadTest
-    limit: Limit
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the level was kept at the rate that was asked for; in a search, at any."""
-        return self.limit.highest_kept_per_s is not None
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return cls.from_values(json.loads(text))
 
     @classmethod
-    def from_json(cls, text: str) -> LoadReport:
+    def from_values(cls, values: dict[str, Any]) -> LoadTest:
         """
-        Raises:
-            BadInput: it is no report of a load test.
+        Args:
+            values: as JSON has them.
         """
-        try:
-            report = json.loads(text)
-            return cls(**{**report, "test": _test(report["test"]), "limit": _limit(report["limit"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadInput(f"this is no report of `flyte batch load --output` ({error}): make a new one") from error
-
-
-def _test(values: dict[str, Any]) -> LoadTest:
-    typed = {
-        "choice": EngineChoice(**values["choice"]),
-        "sampling": sampling_parameters(values["sampling"]),
-        "batching": InteractiveBatching(**values["batching"]),
-        "level": ServiceLevel(**values["level"]),
-    }
-    return LoadTest(**{**values, **typed})
-
-
-def _limit(values: dict[str, Any]) -> Limit:
-    return Limit(**{**values, "steps": tuple(_step(step) for step in values["steps"])})
-
-
-def _step(values: dict[str, Any]) -> LoadResult:
-    typed = {
-        "latencies": Latencies(**values["latencies"]),
-        "objectives": tuple(Objective(**objective) for objective in values["objectives"]),
-    }
-    return LoadResult(**{**values, **typed})
+        typed = {
+            "choice": EngineChoice(**values["choice"]),
+            "sampling": sampling_parameters(values["sampling"]),
+            "batching": InteractiveBatching(**values["batching"]),
+            "level": ServiceLevel(**values["level"]),
+        }
+        return cls(**{**values, **typed})
 
 
 def plan_load_test(
@@ -265,10 +194,10 @@ def read_prompts(test: LoadTest) -> list[Prompt]:
 
     template = PromptTemplate(test.template)
     rows = open_source(test.source, columns=template.columns).head(MOST_PROMPTS).to_pylist()
-    return _each(template, rows, "row")
+    return each_of(template, rows, "row")
 
 
-def _each(make: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
+def each_of(make: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
     """What ``make`` makes of every item.
 
     Raises:
@@ -283,100 +212,3 @@ def _each(make: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
                 f"{what} {number} cannot be asked ({error}), and a request that fails at once is no load: leave it out"
             ) from error
     return made
-
-
-async def measure(
-    test: LoadTest, solver: Solver, *, on_step: Callable[[LoadResult], object] | None = None
-) -> LoadReport:
-    """Load this process's engine with requests. Each tokenises its prompt on a thread, then goes through the batcher.
-
-    Args:
-        test: what to ask, and how fast.
-        solver: gives the batcher; asked for each request, as callers do, so that a dead engine is replaced.
-        on_step: hears of each load when it is over.
-
-    Raises:
-        BadInput: the prompts cannot be read or inferred.
-        Exception: the engine could not be loaded, or did not answer the first request.
-    """
-    prompts = await asyncio.to_thread(read_prompts, test)
-    batcher = await solver()
-    await asyncio.to_thread(_each, batcher.engine.prepare, prompts, "prompt")
-    started_at, started = datetime.now(UTC), time.monotonic()
-    load_average = os.getloadavg()[0]
-    if test.rate_per_s is None:
-        limit = await find_limit(
-            asker_of(solver),
-            prompts,
-            level=test.level,
-            precision=test.precision,
-            seconds=test.seconds,
-            warm_up_s=test.warm_up_s,
-            seed=test.seed,
-            timeout_s=test.timeout_s,
-            on_step=on_step,
-        )
-    else:
-        await asker_of(solver)(prompts[0])
-        result = await run_load(
-            asker_of(solver),
-            prompts,
-            test.rate_per_s,
-            test.seconds,
-            seed=test.seed,
-            timeout_s=test.timeout_s,
-            warm_up_s=test.warm_up_s,
-            level=test.level,
-        )
-        limit = Limit.of([result])
-        if on_step is not None:
-            on_step(result)
-    return LoadReport(
-        started_at=started_at.isoformat(timespec="seconds"),
-        took_s=time.monotonic() - started,
-        hardware=hardware(),
-        load_average=load_average,
-        versions=versions(),
-        prompts=len(prompts),
-        test=test,
-        limit=limit,
-    )
-
-
-def asker_of(solver: Solver) -> Callable[[Prompt], Awaitable[Completion]]:
-    """A request as an interactive caller makes it, from the prompt's text to the answer."""
-
-    async def ask(prompt: Prompt) -> Completion:
-        try:
-            batcher = await solver()
-        except Exception as error:
-            raise BatcherNotRunning(f"the engine died and could not be loaded again: {error}") from error
-        record = await asyncio.to_thread(batcher.engine.prepare, prompt)
-        completion: Completion = await (await batcher.submit(record))
-        return completion
-
-    return ask
-
-
-def hardware() -> str:
-    """Processor, usable cores and, in a replica, its GPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = itertools.chain((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), [""])
-    cores = available_cores()
-    replica = this_replica()
-    gpu = f", gpu {replica.gpu}" if replica is not None and replica.gpu is not None else ""
-    return f"{next(named) or platform.machine()}, {cores} core{'s' if cores > 1 else ''}{gpu}"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed here."""
-    found = {"python": platform.python_version()}
-    for package in ("flyte-batch", "flyte", "ctranslate2", "vllm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

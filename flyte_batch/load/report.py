@@ -1,0 +1,142 @@
+"""The evidence of a load test: what was measured, on what, and what it comes to in words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flyte_batch.cores import available_cores
+from flyte_batch.errors import BadInput
+from flyte_batch.load.generator import Latencies, LoadResult
+from flyte_batch.load.levels import CONFIDENCE, Objective
+from flyte_batch.load.limits import Limit
+from flyte_batch.load.plan import LoadTest
+from flyte_batch.replica import this_replica
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The evidence of a load test.
+
+    Attributes:
+        started_at: when, in UTC, by ISO 8601.
+        took_s: seconds, the model's load not included.
+        hardware: what it ran on.
+        load_average: processes that wanted to run on that machine when it began: other work slows the engine.
+        versions: of Python and of the packages that matter, by name.
+        prompts: how many there were to choose from.
+        test: what was asked.
+        limit: what came out.
+    """
+
+    started_at: str
+    took_s: float
+    hardware: str
+    load_average: float
+    versions: dict[str, str]
+    prompts: int
+    test: LoadTest
+    limit: Limit
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the level was kept at the rate that was asked for; in a search, at any."""
+        return self.limit.highest_kept_per_s is not None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoadReport:
+        """
+        Raises:
+            BadInput: it is no report of a load test.
+        """
+        try:
+            report = json.loads(text)
+            return cls(**{**report, "test": LoadTest.from_values(report["test"]), "limit": _limit(report["limit"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"this is no report of `flyte batch load --output` ({error}): make a new one") from error
+
+
+def _limit(values: dict[str, Any]) -> Limit:
+    return Limit(**{**values, "steps": tuple(_step(step) for step in values["steps"])})
+
+
+def _step(values: dict[str, Any]) -> LoadResult:
+    typed = {
+        "latencies": Latencies(**values["latencies"]),
+        "objectives": tuple(Objective(**objective) for objective in values["objectives"]),
+    }
+    return LoadResult(**{**values, **typed})
+
+
+def conclusions(report: LoadReport) -> list[str]:
+    """What a report comes to: a sentence on the level, those on how far it can be trusted, the machine."""
+    limit, level = report.limit, report.test.level
+    promise = (
+        f"p50 < {level.p50_ms:g} ms, p99 < {level.p99_ms:g} ms, errors < {level.max_error_rate * 100:g}%, "
+        f"availability > {level.min_availability * 100:g}%"
+    )
+    kept = limit.highest_kept
+    if kept is None:
+        verdict = f"is not kept at {limit.lowest_broken_per_s:g} requests/s: {limit.why}"
+    elif report.test.rate_per_s is not None:
+        verdict = f"is kept at {kept.rate_per_s:g} requests/s"
+    elif limit.lowest_broken_per_s is None:
+        verdict = f"is kept at every rate that was tried, up to {kept.rate_per_s:g} requests/s"
+    else:
+        verdict = f"is kept up to {kept.rate_per_s:g} requests/s, not at {limit.lowest_broken_per_s:g}: {limit.why}"
+    lines = [f"The level ({promise}) {verdict}."]
+    if kept is not None:
+        lines += _doubts(kept)
+    return [*lines, f"{report.hardware}; load average {report.load_average:.1f} at the start."]
+
+
+def _doubts(kept: LoadResult) -> list[str]:
+    lines = []
+    few = [objective for objective in kept.objectives if not objective.is_shown]
+    if few:
+        needed = max(objective.requests_needed for objective in few)
+        seconds = math.ceil(1.1 * needed / kept.rate_per_s)
+        names = ", ".join(objective.name for objective in few)
+        lines.append(
+            f"{kept.requests:,} requests do not show it for {names} with {CONFIDENCE:.0%} confidence: "
+            f"that takes {needed:,} without a bad one (--rate {kept.rate_per_s:g} --seconds {seconds})."
+        )
+    if kept.is_generator_late:
+        lines.append(
+            f"Arrivals ran late (p99 {kept.late_p99_ms:,.0f} ms, at most {kept.late_max_ms:,.0f} ms): the event loop "
+            "was busy, and latencies include it."
+        )
+    return lines
+
+
+def hardware() -> str:
+    """Processor, usable cores and, in a replica, its GPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = itertools.chain((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), [""])
+    cores = available_cores()
+    replica = this_replica()
+    gpu = f", gpu {replica.gpu}" if replica is not None and replica.gpu is not None else ""
+    return f"{next(named) or platform.machine()}, {cores} core{'s' if cores > 1 else ''}{gpu}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of those packages that are installed here."""
+    found = {"python": platform.python_version()}
+    for package in ("flyte-batch", "flyte", "ctranslate2", "vllm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
