@@ -13,15 +13,28 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from flyte_batch.data.chunks import Chunk, ChunkReport, DeviceUse, plan_chunks
+from flyte_batch.data.chunks import Chunk, ChunkReport, plan_chunks
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BatcherDied, ChunkFailed, DeadlineExceeded, EngineDead, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
+from flyte_batch.monitoring import events
+from flyte_batch.monitoring.backends import attach_backends
+from flyte_batch.monitoring.details import ChunkDetails
+from flyte_batch.monitoring.events import Scope
+from flyte_batch.monitoring.hooks import emit
+from flyte_batch.monitoring.scope import new_scope
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
-from flyte_batch.progress import Progress
+from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
+from flyte_batch.progress import ProgressMode, RunView
 from flyte_batch.replica import check_driver
+from flyte_batch.report.keeper import ReportKeeper
+from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, versions
+
+if TYPE_CHECKING:
+    from flyte_batch.data.manifest import Manifest
+    from flyte_batch.data.output import Output
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,6 +99,8 @@ async def run(
     max_failed_chunks: int = 10,
     retry_failures: bool = False,
     overwrite: bool = False,
+    price_per_hour: float | None = None,
+    progress: ProgressMode | None = None,
 ) -> RunSummary:
     """Run every chunk of a source that has no part yet, then commit the output.
 
@@ -112,6 +127,12 @@ async def run(
             engine or replica ended, ``concurrency`` more.
         retry_failures: do finished chunks again that hold failed rows.
         overwrite: replace an output made with other settings instead of refusing.
+        price_per_hour: of one replica, for the report; any currency.
+        progress: ``live`` (a view that refreshes itself), ``plain`` (lines), ``off``, or ``auto``: what suits the
+            standard output. By default what the environment variable ``FLYTE_BATCH_PROGRESS`` says, else ``auto``.
+
+    While it runs, and when it ends, the output holds a report: ``_report.html``, ``_report.json``. A task with
+    ``report=True`` shows it in Flyte's UI.
 
     Logs a warning if the chunks of a replica's slots together hold fewer rows than a full batch, or if the driver takes
     a slot of the replicas that it waits for.
@@ -125,8 +146,9 @@ async def run(
     from flyte_batch.data.output import Output
     from flyte_batch.data.sources import open_source
 
-    started = time.monotonic()
-    _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit, rows_per_s)
+    started, began_at = time.monotonic(), time.time()
+    _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit, rows_per_s, price_per_hour)
+    attach_backends()
     check_driver(run_chunk)
     left_out = [name for name in required_columns if columns is not None and name not in columns]
     if left_out:
@@ -145,83 +167,174 @@ async def run(
     parts = await asyncio.to_thread(
         target.resume, chunks, chunk_rows=size, retry_failures=retry_failures, may_shrink=overwrite
     )
-    failures = sum(part.failures for part in parts.values())
-    progress = Progress(rows, done=sum(part.rows for part in parts.values()), failures=failures)
-    if parts:
-        progress.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
-    _warn_if_starving(size, rows - progress.done, replicas, concurrency, batch_rows)
-    devices: list[DeviceUse] = []
-    answered: set[str] = set()
+    scope = new_scope()
+    plan = Plan(
+        rows=rows,
+        chunks=len(chunks),
+        chunk_rows=size,
+        rows_reused=sum(part.rows for part in parts.values()),
+        chunks_reused=len(parts),
+        replicas=replicas,
+        concurrency=concurrency,
+        batch_rows=batch_rows,
+        rows_per_s=rows_per_s or USUAL_ROWS_PER_S,
+        price_per_hour=price_per_hour,
+    )
+    log = RunLog(
+        target.path, opened.path, target.run.settings, plan, scope.run, scope.action, began_at, versions=versions()
+    )
+    for part in parts.values():
+        log.count_part(part)
+    _warn_if_starving(size, rows - plan.rows_reused, replicas, concurrency, batch_rows)
     rate = max_failure_rate if max_failure_rate is not None else DEFAULT_MAX_FAILURE_RATE
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
+    fan = _FanOut(target, chunks, set(parts), run_chunk, log, scope, rate, max_failed_chunks)
+    async with ReportKeeper(log, target.location):
+        with RunView(log, progress) as view:
+            if parts:
+                view.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
+            manifest = await fan.run(view)
+        summary = RunSummary(
+            rows=manifest.rows,
+            failures=manifest.failures,
+            prompt_tokens=manifest.prompt_tokens,
+            response_tokens=manifest.response_tokens,
+            seconds=round(time.monotonic() - started, 3),
+            utilization=round(log.utilization, 4),
+            chunks=len(chunks),
+            chunks_reused=len(parts),
+            output=target.path,
+        )
+        why = ", see the column 'error'" if summary.failures else ""
+        view.say(
+            f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {summary.seconds:,.1f} s, device busy "
+            f"{summary.utilization:.0%}; {summary.chunks} parts, {summary.chunks_reused} of them kept: {summary.output}"
+        )
+    return summary
 
-    async def answer(todo: Iterable[Chunk], at_once: int, most_failed: int, most_lost: int) -> list[_FailedChunk]:
-        """Run these chunks until too many fail by themselves, or in all; gives the failed ones."""
-        nonlocal failures
+
+class _FanOut:
+    """Gives away the chunks of a planned run that have no part yet, then commits the output.
+
+    Args:
+        target: the output.
+        chunks: the plan.
+        done: ids of those that an earlier run committed.
+        run_chunk: runs one chunk.
+        log: of the run; what is heard of chunks goes there.
+        scope: the driver's.
+        rate: share (0-1) of failed rows above which the run fails.
+        max_failed: chunks that may fail by themselves before no more are started.
+    """
+
+    def __init__(
+        self,
+        target: Output,
+        chunks: Sequence[Chunk],
+        done: set[str],
+        run_chunk: RunChunk,
+        log: RunLog,
+        scope: Scope,
+        rate: float,
+        max_failed: int,
+    ) -> None:
+        self._target = target
+        self._chunks = chunks
+        self._answered = done
+        self._run_chunk = run_chunk
+        self._log = log
+        self._scope = scope
+        self._rate = rate
+        self._max_failed = max_failed
+
+    async def run(self, view: RunView) -> Manifest:
+        """See `run`; whatever happens, the log and the events say how it ended."""
+        log, plan = self._log, self._log.plan
+        counts = plan.rows, plan.rows_reused, plan.chunks, plan.chunks_reused
+        emit(events.RunStarted(time.time(), self._scope, log.output, *counts))
+        error = ""
+        try:
+            manifest = await self._run(view)
+            log.outcome = "done"
+            return manifest
+        except BaseException as raised:
+            error = type(raised).__name__
+            log.outcome = "failed" if isinstance(raised, Exception) else "cancelled"
+            log.error = f"{error}: {raised}" if isinstance(raised, Exception) else error
+            try:
+                await asyncio.to_thread(self._target.leave, self._chunks)
+            except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more
+                self._target.leave(self._chunks)
+            raise
+        finally:
+            log.ended = time.time()
+            emit(events.RunEnded(log.ended, self._scope, log.output, log.rows, log.failures, log.seconds, error))
+
+    async def _run(self, view: RunView) -> Manifest:
+        log, plan = self._log, self._log.plan
         failed: list[_FailedChunk] = []
-        async with aclosing(fan_out(todo, run_chunk, at_once)) as outcomes:
+        if not self._too_many_rows_failed:
+            todo = (chunk for chunk in self._chunks if chunk.id not in self._answered)
+            # A chunk may take all down that share its replica: they do not count before they failed alone.
+            most_lost = self._max_failed + plan.concurrency
+            failed = await self._answer(view, todo, plan.replicas * plan.concurrency, self._max_failed, most_lost)
+        own = [each for each in failed if not each.may_be_anothers]
+        again = [each for each in failed if each.may_be_anothers]
+        hopeless = (
+            self._too_many_rows_failed or len(own) >= self._max_failed or any(each.is_bad_input for each in own)
+            or log.rows == 0  # then it is not a neighbour's fault
+        )  # fmt: skip
+        if again and not hopeless:
+            view.say(f"{_describe(failed, plan.chunks)}. {len(again)} of them are tried again, one at a time")
+            one_by_one = (each.chunk for each in again)
+            alone = await self._answer(view, one_by_one, 1, MOST_FAILED_ALONE, MOST_FAILED_ALONE)
+            tried = self._answered | {each.chunk.id for each in alone}
+            failed = own + alone + [each for each in again if each.chunk.id not in tried]
+        if failed:
+            message = _describe(failed, plan.chunks) + _remedy(failed, log.rows > 0, log.output)
+            raise ChunkFailed(message) from failed[0].error
+        if self._too_many_rows_failed or log.failures == plan.rows:
+            raise TooManyFailures(_describe_failures(log.failures, plan.rows, self._rate, log.output))
+        return await asyncio.to_thread(self._target.commit, self._chunks)
+
+    @property
+    def _too_many_rows_failed(self) -> bool:
+        return self._log.failures / self._log.plan.rows > self._rate
+
+    async def _answer(
+        self, view: RunView, todo: Iterable[Chunk], at_once: int, most_failed: int, most_lost: int
+    ) -> list[_FailedChunk]:
+        """Run these chunks until too many fail by themselves, or in all; gives the failed ones."""
+        failed: list[_FailedChunk] = []
+        async with aclosing(fan_out(todo, self._run_chunk, at_once)) as outcomes:
             async for chunk, outcome in outcomes:
                 if isinstance(outcome, Exception):
+                    self._heard_of_failure(chunk, outcome)
                     failed.append(_FailedChunk(chunk, outcome))
                     own = sum(not each.may_be_anothers for each in failed)
                     if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:
                         break
                     continue
-                answered.add(chunk.id)
-                failures += outcome.failures
-                devices.append(outcome.device)
-                progress.advance(outcome.rows, outcome.failures)
-                if failures / rows > rate:
+                self._heard(outcome)
+                view.refresh()
+                if self._too_many_rows_failed:
                     break
         return failed
 
-    try:
-        failed: list[_FailedChunk] = []
-        if failures / rows <= rate:
-            todo = (chunk for chunk in chunks if chunk.id not in parts)
-            # A chunk may take all down that share its replica: they do not count before they failed alone.
-            failed = await answer(todo, replicas * concurrency, max_failed_chunks, max_failed_chunks + concurrency)
-        own = [each for each in failed if not each.may_be_anothers]
-        again = [each for each in failed if each.may_be_anothers]
-        hopeless = (
-            failures / rows > rate or len(own) >= max_failed_chunks or any(each.is_bad_input for each in own)
-            or progress.done == 0  # then it is not a neighbour's fault
-        )  # fmt: skip
-        if again and not hopeless:
-            progress.say(f"{_describe(failed, len(chunks))}. {len(again)} of them are tried again, one at a time")
-            alone = await answer((each.chunk for each in again), 1, MOST_FAILED_ALONE, MOST_FAILED_ALONE)
-            tried = answered | {each.chunk.id for each in alone}
-            failed = own + alone + [each for each in again if each.chunk.id not in tried]
-        if failed:
-            message = _describe(failed, len(chunks)) + _remedy(failed, progress.done > 0, output)
-            raise ChunkFailed(message) from failed[0].error
-        if failures / rows > rate or failures == rows:
-            raise TooManyFailures(_describe_failures(failures, rows, rate, output))
-        manifest = await asyncio.to_thread(target.commit, chunks)
-    except BaseException:
-        try:
-            await asyncio.to_thread(target.leave, chunks)
-        except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more
-            target.leave(chunks)
-        raise
-    summary = RunSummary(
-        rows=manifest.rows,
-        failures=manifest.failures,
-        prompt_tokens=manifest.prompt_tokens,
-        response_tokens=manifest.response_tokens,
-        seconds=round(time.monotonic() - started, 3),
-        utilization=round(utilization(devices), 4),
-        chunks=len(chunks),
-        chunks_reused=len(parts),
-        output=target.path,
-    )
-    why = ", see the column 'error'" if summary.failures else ""
-    progress.say(
-        f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {summary.seconds:,.1f} s, device busy "
-        f"{summary.utilization:.0%}; {summary.chunks} parts, {summary.chunks_reused} of them kept: {summary.output}"
-    )
-    return summary
+    def _heard(self, report: ChunkReport) -> None:
+        self._answered.add(report.chunk_id)
+        details = ChunkDetails.from_json(report.details)
+        counts = report.rows, report.failures, report.prompt_tokens, report.response_tokens
+        ended = details.batcher, details.started, details.ended
+        self._log.add_chunk(ChunkEntry(report.index, *counts, *ended), details)
+        told = report.chunk_id, report.index, *counts, report.seconds
+        emit(events.ChunkReported(time.time(), self._scope, *told))
+
+    def _heard_of_failure(self, chunk: Chunk, error: Exception) -> None:
+        name = _name(error)
+        self._log.chunks.append(ChunkEntry(chunk.index, chunk.rows, 0, 0, 0, error=name))
+        emit(events.ChunkReported(time.time(), self._scope, chunk.id, chunk.index, chunk.rows, error=name))
 
 
 async def fan_out(
@@ -264,19 +377,6 @@ def _outcome(future: asyncio.Future[R]) -> R | Exception:
     raise error
 
 
-def utilization(devices: Iterable[DeviceUse]) -> float:
-    """Busy share (0-1) of all devices together, each from the start of its first chunk to the end of its last."""
-    spans: dict[str, tuple[float, float, float, float]] = {}
-    for use in devices:
-        start, end, busy_start, busy_end = spans.get(use.engine, (use.start, use.end, use.busy_start, use.busy_end))
-        spans[use.engine] = (
-            min(start, use.start), max(end, use.end), min(busy_start, use.busy_start), max(busy_end, use.busy_end)
-        )  # fmt: skip
-    wall = sum(end - start for start, end, _, _ in spans.values())
-    busy = sum(busy_end - busy_start for _, _, busy_start, busy_end in spans.values())
-    return min(1.0, busy / wall) if wall > 0 else 0.0
-
-
 def _check(
     max_failure_rate: float | None,
     replicas: int,
@@ -285,11 +385,14 @@ def _check(
     chunk_size: int | None,
     limit: int | None,
     rows_per_s: float | None,
+    price_per_hour: float | None,
 ) -> None:
     if max_failure_rate is not None and not 0 <= max_failure_rate <= 1:
         raise BadInput(f"max_failure_rate must be between 0 (no row may fail) and 1, got {max_failure_rate}")
     if rows_per_s is not None and not 0 < rows_per_s < math.inf:
         raise BadInput(f"rows_per_s must be a positive number, got {rows_per_s}; leave it out if it is unknown")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise BadInput(f"price_per_hour must be 0 or more, got {price_per_hour}; leave it out if it is unknown")
     for name, value in (
         ("replicas", replicas), ("concurrency", concurrency), ("max_failed_chunks", max_failed_chunks),
         ("chunk_size", chunk_size), ("limit", limit),

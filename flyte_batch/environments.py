@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_type_hints
 import flyte
 
 import flyte_batch
+from flyte_batch import flyte_ui
 from flyte_batch.errors import BadInput
+from flyte_batch.monitoring import backends
 from flyte_batch.replica import (
     DEFAULT_STALL_LIMIT_S,
     VARIABLE,
@@ -38,6 +40,8 @@ _LOG_WITH_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"
 """Has Flyte print run and action before the lines of all loggers, not only its own; Rich would take them for markup."""
 
 logger = logging.getLogger(__name__)
+
+flyte_ui.connect()
 
 
 def _include() -> tuple[str, ...]:
@@ -68,6 +72,7 @@ def replica_environment(
     scaledown_ttl: int = DEFAULT_SCALEDOWN_TTL_S,
     scope: Literal["global", "run"] = "global",
     stall_limit_s: float = DEFAULT_STALL_LIMIT_S,
+    monitoring: Sequence[str] = (),
     env_vars: dict[str, str] | None = None,
     secrets: Any = None,
 ) -> flyte.TaskEnvironment:
@@ -94,12 +99,15 @@ def replica_environment(
         stall_limit_s: a replica whose event loop or whose engine stood still for so many seconds ends itself, so that a
             sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
             blocks the loop.
+        monitoring: backends of the replicas, such as ``["logs", "prometheus:0.0.0.0:9464", "otel"]``; see
+            `flyte_batch.monitoring.backends`. The image must hold the extra ``monitoring``.
         env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added, and, unless given, what has
             Flyte print run and action before every line of a log.
         secrets: Flyte's secret request, such as a token for a model hub.
 
     Raises:
         ValueError: a number or a GPU that cannot work, named with its remedy.
+        BadInput: a monitoring backend that there is not.
 
     Logs a warning about an image that lacks ``unionai-reuse``.
     """
@@ -119,12 +127,16 @@ def replica_environment(
         reusable=flyte.ReusePolicy(
             replicas=replicas, concurrency=concurrency, idle_ttl=idle_ttl, scaledown_ttl=scaledown_ttl, scope=scope
         ),
-        env_vars={**_LOG_WITH_ACTIONS, **(env_vars or {}), **settings.variable()},
+        env_vars={**_LOG_WITH_ACTIONS, **_backends(monitoring), **(env_vars or {}), **settings.variable()},
         secrets=secrets,
         include=_include(),
     )
     check_environment(environment)
     return environment
+
+
+def _backends(names: Sequence[str]) -> dict[str, str]:
+    return {backends.VARIABLE: backends.check_backends(names)} if names else {}
 
 
 def _require_known_gpu(gpu: str | int | None) -> None:
@@ -149,6 +161,7 @@ def driver_environment(
     cpu: str | int = 1,
     memory: str = "2Gi",
     disk: str | None = None,
+    monitoring: Sequence[str] = (),
     env_vars: dict[str, str] | None = None,
 ) -> flyte.TaskEnvironment:
     """An environment for the task that plans a run and fans its chunks out.
@@ -163,6 +176,7 @@ def driver_environment(
         cpu: cores.
         memory: such as ``"2Gi"``; rows never pass through a driver, so it stays small.
         disk: such as ``"50Gi"``, for what the task itself puts there.
+        monitoring: backends of the driver, as for `replica_environment`.
         env_vars: environment variables of the container. A driver imports the workflow's file again: whatever that
             reads from the environment of the shell that submits it belongs here.
     """
@@ -170,7 +184,7 @@ def driver_environment(
         name=name,
         image=image,
         resources=flyte.Resources(cpu=cpu, memory=memory, disk=disk),
-        env_vars={**_LOG_WITH_ACTIONS, **(env_vars or {})},
+        env_vars={**_LOG_WITH_ACTIONS, **_backends(monitoring), **(env_vars or {})},
         depends_on=list(depends_on),
         include=_include(),
     )

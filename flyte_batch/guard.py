@@ -25,6 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from flyte_batch.monitoring.events import LoopBlocked
+from flyte_batch.monitoring.hooks import emit
 from flyte_batch.processes import Reaper, below, kill_below
 from flyte_batch.replica import ReplicaSettings, this_replica
 
@@ -108,6 +110,7 @@ class Guard:
                 self._require_sense(stands_s)
             if culprit:
                 logger.warning("%s let the event loop go after %.1f s", culprit, stands_s)
+                emit(LoopBlocked(time.time(), stands_s, culprit))
             self._require_sense(0)
             time.sleep(LOOK_EVERY_S)
 

@@ -32,6 +32,9 @@ from async_lru import alru_cache
 
 from flyte_batch.errors import FlyteBatchError
 from flyte_batch.guard import watch
+from flyte_batch.monitoring.backends import attach_backends
+from flyte_batch.monitoring.events import EngineLoaded, EngineLoading
+from flyte_batch.monitoring.hooks import emit
 from flyte_batch.replica import this_replica
 
 P = ParamSpec("P")
@@ -214,16 +217,26 @@ class _Values(Generic[T]):
         watch()
         if closing:
             await asyncio.wait(closing)
+        attach_backends()
         started = time.monotonic()
-        value = await self._load_value(*args, **kwargs)
-        if isinstance(value, AbstractAsyncContextManager):
-            try:
-                value = await value.__aenter__()
-            except BaseException:
-                await asyncio.wait([self.close(value)])
-                raise
+        emit(EngineLoading(time.time(), self._name))
+        error = ""
+        try:
+            value = await self._load_value(*args, **kwargs)
+            if isinstance(value, AbstractAsyncContextManager):
+                try:
+                    value = await value.__aenter__()
+                except BaseException:
+                    await asyncio.wait([self.close(value)])
+                    raise
+        except BaseException as raised:
+            error = type(raised).__name__
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            emit(EngineLoaded(time.time(), self._name, seconds, error))
         self._values[(ends, args, tuple(kwargs.items()))] = value, (ends, *args), kwargs
-        _warn_if_idle_replicas_end_sooner(self._name, time.monotonic() - started)
+        _warn_if_idle_replicas_end_sooner(self._name, seconds)
         return value
 
 

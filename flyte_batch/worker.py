@@ -19,7 +19,7 @@ from flyte_batch.data.chunks import MOST_CAUSES, Chunk, ChunkReport, read_chunk
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
 from flyte_batch.guard import Guard, watch
-from flyte_batch.monitoring import events
+from flyte_batch.monitoring import events, gpu
 from flyte_batch.monitoring.backends import attach_backends
 from flyte_batch.monitoring.details import ChunkDetails, Example
 from flyte_batch.monitoring.hooks import emit
@@ -155,7 +155,9 @@ class _Work:
 
         chunk = self._chunk
         started, started_at = time.monotonic(), time.time()
-        table = await asyncio.to_thread(read_chunk, chunk)
+        table, sampler = await asyncio.gather(
+            asyncio.to_thread(read_chunk, chunk), asyncio.to_thread(gpu.start_sampler)
+        )
         columns = prompt_columns(prompt)
         missing = [column for column in columns or () if column not in table.column_names]
         if missing:
@@ -190,13 +192,14 @@ class _Work:
             loaded=loaded_at,
             ended=time.time(),
             samples=samples(),
-            latencies=self._recording.latencies,
+            latencies=dict(self._recording.latencies),
             causes=info.causes,
             examples=task.examples(),
             prompt_lengths={float(bound): rows for bound, rows in info.prompt_lengths.items()},
             response_lengths={float(bound): rows for bound, rows in info.response_lengths.items()},
             stalls=tuple(self._recording.stalls),
             engine_deaths=self._recording.engine_deaths,
+            gpus=await asyncio.to_thread(sampler.use_between, started_at, time.time()) if sampler is not None else (),
         )
         report = ChunkReport(
             chunk_id=chunk.id,

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flyte_batch as fb
-from flyte_batch.data.chunks import DeviceUse
-from flyte_batch.driver import fan_out, utilization
+from flyte_batch.driver import fan_out
 from flyte_batch.errors import RunError
-from flyte_batch.progress import Progress
 from tests.helpers import questions, write_jsonl
 
 
@@ -506,35 +503,3 @@ async def test_a_call_that_was_cancelled_elsewhere_is_a_failed_call_and_not_our_
         raise asyncio.CancelledError
 
     assert [type(outcome) async for _, outcome in fan_out([1], call, 1)] == [RuntimeError]
-
-
-def test_utilization_counts_each_device_once_however_many_chunks_shared_it() -> None:
-    shared = [DeviceUse("a", 0.0, 8.0, 0.0, 6.0), DeviceUse("a", 2.0, 10.0, 1.0, 7.0)]
-    assert utilization(shared) == pytest.approx(0.7)
-    assert utilization([*shared, DeviceUse("b", 0.0, 10.0, 0.0, 1.0)]) == pytest.approx(0.4)
-    assert utilization([]) == 0.0
-
-
-def test_progress_says_how_far_how_fast_and_how_long_still() -> None:
-    now, out = [0.0], io.StringIO()
-    progress = Progress(1000, done=200, out=out, clock=lambda: now[0])
-    now[0] = 1.0
-    progress.advance(100, 0)
-    assert out.getvalue() == ""  # too soon
-    now[0] = 4.0
-    progress.advance(300, 2)
-    assert out.getvalue() == "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed\n"
-    early = Progress(1000, out=out, clock=lambda: now[0])
-    now[0] = 5.0
-    early.done = 10
-    assert "starting" in early.line()
-    progress.advance(400, 0)
-    assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%)")
-
-
-def test_a_closed_terminal_does_not_cost_the_run() -> None:
-    out = io.StringIO()
-    out.close()
-    progress = Progress(10, out=out)
-    progress.advance(10, 0)
-    assert progress.done == 10

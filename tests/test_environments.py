@@ -13,7 +13,7 @@ import pytest
 from flyte._deploy import plan_deploy
 from flyte._image import PythonWheels
 from flyte._internal.runtime.task_serde import translate_task_to_wire
-from flyte.models import SerializationContext
+from flyte.models import ActionID, SerializationContext
 
 import flyte_batch as fb
 import images
@@ -77,6 +77,7 @@ class Remote:
     """As much of a task's context on a cluster as is looked at."""
 
     mode = "remote"
+    action = ActionID(name="a0", run_name="run")
 
 
 def test_on_a_cluster_paths_that_containers_do_not_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

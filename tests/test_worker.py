@@ -18,6 +18,7 @@ from flyte_batch.data.parts import read_part_info
 from flyte_batch.data.sources import open_source
 from flyte_batch.data.storage import locate
 from flyte_batch.errors import EngineError
+from flyte_batch.monitoring.details import ChunkDetails
 from tests.helpers import questions, write_jsonl
 
 
@@ -180,7 +181,8 @@ async def test_loading_the_engine_counts_as_time_in_which_the_device_was_not_bus
         return fb.EngineBatcher(fb.FakeEngine(), batch_timeout_s=0.001)
 
     report = await fb.infer(chunk, solver, prompt="{question}")
-    assert report.device.start <= loading[0]
+    details = ChunkDetails.from_json(report.details)
+    assert details.started <= loading[0] <= details.loaded <= details.samples[0].at
 
 
 async def test_a_text_that_is_no_utf_8_fails_its_row_only(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ async def test_chunks_at_the_same_time_share_one_engine_and_its_batches(tmp_path
 
     reports = await asyncio.gather(*(fb.infer(chunk, solver, prompt="{question}") for chunk in chunks))
     assert len(engine.batches) == 1  # it left because it was full, long before its time was up
-    assert len({report.device.engine for report in reports}) == 1
+    assert len({ChunkDetails.from_json(report.details).batcher for report in reports}) == 1
 
 
 async def test_a_cancelled_chunk_leaves_no_part_and_its_neighbour_alone(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ class Output:
         storage.make_writable_folder(location)
         for found in storage.entries(location):
             name = found.name
-            if found.is_file and name.lower().endswith(_DATA_SUFFIXES) and not _is_hidden(name) and not _is_part(name):
+            if found.is_file and name.lower().endswith(_DATA_SUFFIXES) and not _is_hidden(name) and not is_part(name):
                 raise BadInput(
                     f"the output {location} holds {name}, which flyte_batch did not write; readers of the folder would "
                     "take it for a result: choose an empty folder or move that file"
@@ -88,7 +88,7 @@ class Output:
         if previous is None and finished is not None:
             rows = finished.parts[0].rows if finished.parts else None
             previous = RunRecord(finished.settings, finished.source, rows)
-        if finished is None and not any(_is_part(found.name) for found in storage.entries(location)):
+        if finished is None and not any(is_part(found.name) for found in storage.entries(location)):
             previous = None  # begun, but nothing came of it: nobody loses anything
         changed = manifests.differences(previous, run) if previous else []
         if changed and not overwrite:
@@ -182,7 +182,7 @@ class Output:
         manifest = Manifest.of(self.run, self.source, self._all_parts(chunks))
         planned = {chunk.part for chunk in chunks}
         inside = storage.entries(self.location)
-        obsolete = [one for one in inside if one.is_file and _is_part(one.name) and one.name not in planned]
+        obsolete = [one for one in inside if one.is_file and is_part(one.name) and one.name not in planned]
         if obsolete:
             # No manifest while the folder holds more rows than the manifest will say.
             self._withdraw_manifest()
@@ -245,7 +245,8 @@ class Output:
         storage.delete(self.location.child(MANIFEST_FILE))
 
 
-def _is_part(name: str) -> bool:
+def is_part(name: str) -> bool:
+    """Whether a file of this name is a part of some plan."""
     return _PART_NAME.fullmatch(name) is not None
 
 

@@ -19,6 +19,7 @@ from flyte_batch.data import storage
 from flyte_batch.data.chunks import MOST_CAUSES, RESULT_COLUMNS, Chunk
 from flyte_batch.data.sources import decode_schema
 from flyte_batch.data.storage import Location
+from flyte_batch.errors import BadInput
 from flyte_batch.histograms import count_tokens
 from flyte_batch.records import Completion
 
@@ -121,7 +122,7 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
     table = pa.Table.from_arrays([*rows.columns, *columns], schema=schema)
     data = _encode(table)
     storage.write_atomically(storage.locate(chunk.output).child(chunk.part), data)
-    return PartInfo(name=chunk.part, bytes=len(data), **counts, **contents)  # type: ignore[arg-type]
+    return PartInfo(name=chunk.part, bytes=len(data), **counts, **contents)
 
 
 def _causes(results: Sequence[Completion | Exception]) -> dict[str, int]:
@@ -169,13 +170,15 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
     stored = metadata.metadata or {}
     try:
         texts = {name: stored[f"{_KEY}{name}".encode()].decode() for name in ("chunk_id", "first_row", *_COUNTS)}
-        contents = {name: json.loads(stored[f"{_KEY}{name}".encode()]) for name in _CONTENTS}
+        contents: dict[str, Any] = {name: json.loads(stored[f"{_KEY}{name}".encode()]) for name in _CONTENTS}
+        chunk_id = texts.pop("chunk_id")
+        counts: dict[str, Any] = {name: int(text) for name, text in texts.items()}
         info = PartInfo(
             name=location.name,
-            chunk_id=texts.pop("chunk_id"),
+            chunk_id=chunk_id,
             bytes=size,
+            **counts,
             **contents,
-            **{name: int(text) for name, text in texts.items()},
         )
     except (KeyError, ValueError):
         return None
@@ -184,6 +187,22 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
     if chunk is not None and (info.chunk_id, info.rows, info.first_row) != (chunk.id, chunk.rows, chunk.first_row):
         return None
     return info
+
+
+def first_rows(location: Location, count: int) -> list[dict[str, Any]]:
+    """The first ``count`` rows of a part, fewer if it has fewer; reads no more of the file than a few of its pages.
+
+    Raises:
+        BadInput: it is gone, or is no part.
+        OSError: the storage can't be read for now.
+    """
+    try:
+        with storage.explained("read", location), storage.open_file(location) as opened:
+            batch = next(pq.ParquetFile(opened).iter_batches(batch_size=count), None)
+    except pa.ArrowInvalid as error:
+        raise BadInput(f"{location} can't be read as a part: {storage.reason(error)}") from error
+    rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
+    return rows
 
 
 def _read_footer(location: Location) -> tuple[int, bytes]:

@@ -7,7 +7,6 @@ sets it for local runs:
 - ``prometheus``, ``prometheus:9464``, ``prometheus:0.0.0.0:9464``: metrics to be scraped, by default on loopback.
 - ``push:http://gateway:9091``: the same metrics, pushed to a Pushgateway.
 - ``otel``: spans and metrics through the global OpenTelemetry providers, such as those of ``flyteplugins-otel``.
-- ``gpu``: samples of the GPUs by NVML, for the report and the metrics.
 """
 
 from __future__ import annotations
@@ -71,8 +70,6 @@ def _attacher(name: str) -> Callable[[], None]:
         return _logs
     if kind == "otel" and not rest:
         return _otel
-    if kind == "gpu" and not rest:
-        return _gpu
     if kind == "prometheus":
         host, _, port = rest.rpartition(":")
         if not rest or port.isdecimal():
@@ -82,7 +79,7 @@ def _attacher(name: str) -> Callable[[], None]:
     if kind == "push" and rest.startswith(("http://", "https://")):
         return lambda: _push(rest)
     raise BadInput(
-        f"monitoring: {name!r} is no backend; there are logs, otel, gpu, prometheus, prometheus:PORT, "
+        f"monitoring: {name!r} is no backend; there are logs, otel, prometheus, prometheus:PORT, "
         "prometheus:HOST:PORT and push:http://GATEWAY"
     )
 
@@ -118,9 +115,3 @@ def _otel() -> None:
     from flyte_batch.monitoring.otel import OtelHook
 
     hooks.subscribe(OtelHook())
-
-
-def _gpu() -> None:
-    from flyte_batch.monitoring.gpu import start_sampler
-
-    start_sampler()

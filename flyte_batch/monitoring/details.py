@@ -1,15 +1,17 @@
 """What a worker tells the driver about a chunk beside the counts: how its replica fared meanwhile.
 
-Travels as one JSON text in `flyte_batch.ChunkReport`: Flyte takes 28 ms for nested dataclasses. Holds no rows: of failed
-ones their number and error, a few for each cause.
+Travels as one JSON text in `flyte_batch.ChunkReport`: Flyte takes 28 ms for nested dataclasses. Holds no rows: of
+failed ones their number and error, a few for each cause.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from flyte_batch.monitoring.gpu import GpuUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,13 @@ class Sample:
     queued: int
     running: int
 
+    def to_list(self) -> list[float]:
+        """The fields in their order, as JSON holds them."""
+        return [
+            self.at, self.busy_s, self.starved_s, self.assembling_s, self.late_s,
+            self.completed, self.batches, self.fill, self.queued, self.running,
+        ]  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -73,33 +82,6 @@ class Stall:
     code: str
 
 
-@dataclass(frozen=True, slots=True)
-class GpuUse:
-    """What a GPU did since its process began to look, at one moment.
-
-    Attributes:
-        at: Unix time in seconds.
-        uuid: of the device.
-        name: such as ``NVIDIA A10G``.
-        energy_j: joules since the process began to look; None where the device does not say.
-        utilisation: share (0-1) of the time in which a kernel ran, on average over the chunk; None where unknown.
-        peak_memory_bytes: most memory in use in the chunk; None where unknown.
-        memory_bytes: that it has; None where unknown.
-        mean_power_w: over the chunk; None where unknown.
-        seconds_throttled: of the chunk, for heat or power; None where unknown.
-    """
-
-    at: float
-    uuid: str
-    name: str
-    energy_j: float | None = None
-    utilisation: float | None = None
-    peak_memory_bytes: int | None = None
-    memory_bytes: int | None = None
-    mean_power_w: float | None = None
-    seconds_throttled: float | None = None
-
-
 @dataclass(frozen=True)
 class ChunkDetails:
     """How a replica fared while it worked on a chunk.
@@ -119,7 +101,7 @@ class ChunkDetails:
         response_lengths: histogram of responses by tokens.
         stalls: of the process' event loop.
         engine_deaths: batchers of this process that died meanwhile.
-        gpus: at ``ended``.
+        gpus: what they did from ``started`` to ``ended``.
     """
 
     process: str
@@ -140,7 +122,8 @@ class ChunkDetails:
 
     def to_json(self) -> str:
         """One line of text."""
-        content = asdict(self) | {"samples": [_short(sample) for sample in self.samples]}
+        samples = [[round(value, 6) for value in sample.to_list()] for sample in self.samples]
+        content = asdict(replace(self, samples=())) | {"samples": samples}
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
@@ -156,9 +139,10 @@ class ChunkDetails:
             content[name] = {float(bound): number for bound, number in content[name].items()}
         content["examples"] = tuple(Example(**each) for each in content["examples"])
         content["stalls"] = tuple(Stall(**each) for each in content["stalls"])
-        content["gpus"] = tuple(GpuUse(**each) for each in content["gpus"])
+        content["gpus"] = tuple(gpu_use(each) for each in content["gpus"])
         return cls(**content)
 
 
-def _short(sample: Sample) -> list[float]:
-    return [round(value, 6) for value in astuple(sample)]
+def gpu_use(content: Mapping[str, Any]) -> GpuUse:
+    """A `GpuUse` out of JSON."""
+    return GpuUse(**{**content, "throttle_reasons": tuple(content["throttle_reasons"])})

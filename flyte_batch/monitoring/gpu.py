@@ -314,6 +314,24 @@ def gpu_totals(uses: Iterable[GpuUse]) -> tuple[GpuTotal, ...]:
     return tuple(_total(each) for each in devices.values())
 
 
+def merged(uses: Iterable[GpuUse]) -> tuple[GpuUse, ...]:
+    """One use for each device and sampler, from the earliest start to the latest end: bounded, however many chunks."""
+    found: dict[tuple[str, str], GpuUse] = {}
+    for use in uses:
+        known = found.setdefault((use.sampler, use.uuid), use)
+        first, last = min(known, use, key=lambda each: each.start), max(known, use, key=lambda each: each.end)
+        found[use.sampler, use.uuid] = replace(
+            last,
+            start=first.start,
+            busy_start_s=first.busy_start_s,
+            energy_start_j=first.energy_start_j,
+            peak_memory_bytes=_most((known.peak_memory_bytes, use.peak_memory_bytes)),
+            max_temperature_c=_most((known.max_temperature_c, use.max_temperature_c)),
+            throttle_reasons=tuple(dict.fromkeys((*known.throttle_reasons, *use.throttle_reasons))),
+        )
+    return tuple(found.values())
+
+
 def energy_j(totals: Iterable[GpuTotal]) -> float | None:
     """Joules of all devices together; None if there is none, or one whose energy is unknown."""
     energies = [total.energy_j for total in totals]

@@ -10,7 +10,7 @@ import contextvars
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from flyte_batch.monitoring.events import Scope
 
@@ -23,6 +23,14 @@ def _no_action() -> tuple[str, str]:
 
 action_source: Callable[[], tuple[str, str]] = _no_action
 """Gives the names of run and action that the calling code is part of; set by what imports Flyte."""
+
+
+def _no_context(**texts: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+action_context: Callable[..., AbstractContextManager[None]] = _no_context
+"""Has the actions that the calling code starts know these texts; set by what imports Flyte."""
 
 trace_source: Callable[[], object] = lambda: None  # noqa: E731
 """Gives the span that the calling code is part of; set by a tracing backend."""

@@ -8,15 +8,22 @@ count in them; times are of this run only.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 from flyte_batch.histograms import added
-from flyte_batch.monitoring.details import ChunkDetails, Example, GpuUse, Sample, Stall
+from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall, gpu_use
+from flyte_batch.monitoring.gpu import GpuUse, merged
+
+if TYPE_CHECKING:
+    from flyte_batch.data.parts import PartInfo
 
 MOST_SAMPLES = 600
 """Of one engine; beyond twice that every second one goes."""
@@ -67,6 +74,11 @@ class ChunkEntry:
     started: float | None = None
     ended: float | None = None
     error: str = ""
+
+    def to_list(self) -> list[object]:
+        """The fields in their order, as JSON holds them."""
+        counts = [self.index, self.rows, self.failures, self.prompt_tokens, self.response_tokens]
+        return [*counts, self.batcher, self.started, self.ended, self.error]
 
 
 @dataclass
@@ -136,7 +148,7 @@ class TimeShares:
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
     @property
     def utilization(self) -> float:
@@ -157,7 +169,8 @@ class RunLog:
         action: name of the Flyte action, "" outside of one.
         started: Unix time.
         ended: Unix time of the last change, or of the end.
-        outcome: ``running``, ``done``, ``failed`` or ``cancelled``.
+        outcome: ``running``, ``done``, ``failed`` or ``cancelled``; ``unfinished`` for a log that was made from
+            parts alone, without a manifest: its times are 0.
         error: what ended it, "" if nothing did.
         versions: package -> version, in the driver.
         rows: in committed parts, those of earlier runs included.
@@ -172,7 +185,7 @@ class RunLog:
         chunks: that this run did, in the order of their ends, and those that failed.
         engines: by batcher.
         stalls: of event loops: (process, stall).
-        gpus: uuid -> the last that was told of it.
+        gpus: what those of the replicas did, one entry a device and replica.
         engine_deaths: that replicas told of.
     """
 
@@ -199,7 +212,7 @@ class RunLog:
     chunks: list[ChunkEntry] = field(default_factory=list)
     engines: dict[str, EngineLog] = field(default_factory=dict)
     stalls: list[tuple[str, Stall]] = field(default_factory=list)
-    gpus: dict[str, GpuUse] = field(default_factory=dict)
+    gpus: tuple[GpuUse, ...] = ()
     engine_deaths: int = 0
 
     # -- Filling it --------------------------------------------------------
@@ -223,6 +236,11 @@ class RunLog:
         self.prompt_lengths = added((self.prompt_lengths, prompt_lengths))
         self.response_lengths = added((self.response_lengths, response_lengths))
 
+    def count_part(self, part: PartInfo) -> None:
+        """Take in a part that an earlier run committed."""
+        lengths = [_with_numbers(each) for each in (part.prompt_lengths, part.response_lengths)]
+        self.count(part.rows, part.failures, part.prompt_tokens, part.response_tokens, part.causes, *lengths)
+
     def add_chunk(self, entry: ChunkEntry, details: ChunkDetails) -> None:
         """Take in a chunk that this run did."""
         self.chunks.append(entry)
@@ -241,17 +259,13 @@ class RunLog:
                 self.examples.append(example)
         engine = self.engines.setdefault(
             details.batcher,
-            EngineLog(
-                details.batcher, details.process, details.engine, details.started, details.loaded, details.ended
-            ),
+            EngineLog(details.batcher, details.process, details.engine, details.started, details.loaded, details.ended),
         )
         engine.add(details, entry.rows, entry.prompt_tokens + entry.response_tokens)
         for stall in details.stalls:
             if (details.process, stall) not in self.stalls and len(self.stalls) < MOST_STALLS:
                 self.stalls.append((details.process, stall))
-        for gpu in details.gpus:
-            if gpu.uuid not in self.gpus or gpu.at > self.gpus[gpu.uuid].at:
-                self.gpus[gpu.uuid] = gpu
+        self.gpus = merged((*self.gpus, *details.gpus))
         self.engine_deaths += details.engine_deaths
 
     # -- What follows from it ----------------------------------------------
@@ -314,13 +328,13 @@ class RunLog:
         return content | {
             "plan": asdict(self.plan),
             "examples": [asdict(example) for example in self.examples],
-            "chunks": [list(astuple(chunk)) for chunk in self.chunks],
+            "chunks": [chunk.to_list() for chunk in self.chunks],
             "engines": [
-                asdict(engine) | {"samples": [list(astuple(sample)) for sample in engine.samples]}
+                asdict(replace(engine, samples=[])) | {"samples": [sample.to_list() for sample in engine.samples]}
                 for engine in self.engines.values()
             ],
             "stalls": [[process, asdict(stall)] for process, stall in self.stalls],
-            "gpus": [asdict(gpu) for gpu in self.gpus.values()],
+            "gpus": [asdict(gpu) for gpu in self.gpus],
         }
 
     @classmethod
@@ -331,8 +345,7 @@ class RunLog:
             KeyError, TypeError, ValueError: it is something else.
         """
         histograms = {
-            name: {float(bound): int(number) for bound, number in content[name].items()}
-            for name in ("prompt_lengths", "response_lengths", "latencies")
+            name: _with_numbers(content[name]) for name in ("prompt_lengths", "response_lengths", "latencies")
         }
         engines = [
             EngineLog(**(each | {"samples": [Sample(*sample) for sample in each["samples"]]}))
@@ -344,9 +357,13 @@ class RunLog:
             "chunks": [ChunkEntry(*each) for each in content["chunks"]],
             "engines": {engine.batcher: engine for engine in engines},
             "stalls": [(process, Stall(**stall)) for process, stall in content["stalls"]],
-            "gpus": {each["uuid"]: GpuUse(**each) for each in content["gpus"]},
+            "gpus": tuple(gpu_use(each) for each in content["gpus"]),
         }
         return cls(**{**content, **histograms, **made})
+
+
+def _with_numbers(histogram: Mapping[str, int]) -> dict[float, int]:
+    return {float(bound): int(number) for bound, number in histogram.items()}
 
 
 def _between(before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
@@ -362,6 +379,18 @@ def _between(before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
         assembling=assembling * left,
         blocked=after.late_s - before.late_s + held,
     )
+
+
+PACKAGES = ("flyte-batch", "flyte", "unionai-reuse", "vllm", "ctranslate2", "torch", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of those of `PACKAGES` that are installed here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 FORMAT_VERSION = 1

@@ -1,0 +1,144 @@
+"""The log of a run: sums, where the time went, and that it survives its file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, added, bound, count_tokens, percentile
+from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
+from flyte_batch.report.run_log import (
+    MOST_SAMPLES,
+    ChunkEntry,
+    Plan,
+    RunLog,
+    TimeShares,
+    logs_from_json,
+    logs_to_json,
+)
+
+PLAN = Plan(100, 10, 10, 0, 0, replicas=2, concurrency=4, batch_rows=256, rows_per_s=100.0, price_per_hour=3.6)
+
+
+def sample(at: float, busy: float = 0.0, starved: float = 0.0, assembling: float = 0.0, late: float = 0.0) -> Sample:
+    return Sample(at, busy, starved, assembling, late, 0, 0, 0.0, 0, 0)
+
+
+def details(
+    batcher: str, started: float, loaded: float, ended: float, *samples: Sample, process: str = "p", **more: Any
+) -> ChunkDetails:
+    return ChunkDetails(process, batcher, "FakeEngine", started, loaded, ended, samples, **more)
+
+
+def log_of(*chunks: ChunkDetails, started: float = 0.0, ended: float = 10.0) -> RunLog:
+    log = RunLog("out", "in.jsonl", {}, PLAN, started=started, ended=ended)
+    for index, each in enumerate(chunks):
+        log.add_chunk(ChunkEntry(index, 10, 0, 5, 5, each.batcher, each.started, each.ended), each)
+    return log
+
+
+def test_each_second_of_an_engine_is_counted_once_however_many_chunks_shared_it() -> None:
+    log = log_of(
+        details("a", 0, 1, 6, sample(1), sample(6, busy=4, starved=1)),
+        details("a", 1, 1, 8, sample(2, busy=1), sample(8, busy=5, starved=2)),
+    )
+    assert log.time_shares() == TimeShares(busy=5, loading=1, starved=2, tail=2)
+    assert log.utilization == 0.5
+
+
+def test_all_shares_together_are_the_time_of_the_engines() -> None:
+    first = details("a", 0, 2, 9, sample(2), sample(9, busy=3, starved=2, assembling=1, late=1))
+    second = details("b", 4, 5, 10, sample(5), sample(10, busy=5), process="q")
+    shares = log_of(first, second).time_shares()
+    assert shares.total == pytest.approx(10 + 6)
+    assert shares.blocked == 1
+    assert shares.utilization == 8 / 16
+
+
+def test_a_loop_that_stood_still_while_the_device_was_free_is_what_held_it_up() -> None:
+    chunk = details(
+        "a", 0, 0, 10, sample(0), sample(4, busy=4), sample(10, busy=5, starved=5), stalls=(Stall(8, 3, "f"),)
+    )
+    assert log_of(chunk).time_shares() == TimeShares(busy=5, starved=2, blocked=3)
+
+
+def test_an_engine_that_was_built_anew_has_no_tail_while_its_successor_works() -> None:
+    log = log_of(
+        details("a", 0, 1, 4, sample(1), sample(4, busy=3)), details("b", 5, 7, 10, sample(7), sample(10, busy=3))
+    )
+    assert log.time_shares() == TimeShares(busy=6, loading=3, tail=1)
+    assert log.replica_seconds == 10  # one process
+    assert log.cost == pytest.approx(0.01)
+
+
+def test_a_run_that_had_nothing_to_do_used_nothing() -> None:
+    log = log_of()
+    assert (log.utilization, log.replica_seconds, log.cost) == (0.0, 0.0, 0.0)
+
+
+def test_samples_stay_bounded_and_keep_the_first_and_the_last() -> None:
+    chunks = (
+        details("a", 0, 0, at + 1, *(sample(at + part / 4, busy=at + part / 4) for part in range(4)))
+        for at in range(1, 2000)
+    )
+    log = log_of(*chunks, ended=2000.0)
+    samples = log.engines["a"].samples
+    assert len(samples) <= 2 * MOST_SAMPLES
+    assert (samples[0].at, samples[-1].at) == (1, 1999.75)
+    assert log.time_shares().busy == pytest.approx(1998.75)
+
+
+def test_sums_failures_and_examples_come_from_the_chunks() -> None:
+    failing = {
+        "causes": {"BadRecord": 2},
+        "examples": (Example(3, "BadRecord", "too long"), Example(4, "BadRecord", "empty")),
+        "latencies": {0.1: 3},
+        "prompt_lengths": {4.0: 8},
+        "response_lengths": {8.0: 8},
+        "engine_deaths": 1,
+    }
+    log = RunLog("out", "in", {}, PLAN)
+    for index in range(3):
+        log.add_chunk(ChunkEntry(index, 10, 2, 30, 60), details(str(index), 0, 1, 2, **failing))
+    assert (log.rows, log.failures, log.prompt_tokens, log.response_tokens) == (30, 6, 90, 180)
+    assert (log.causes, log.latencies, log.prompt_lengths) == ({"BadRecord": 6}, {0.1: 9}, {4.0: 24})
+    assert [example.row for example in log.examples] == [3, 4, 3]
+    assert log.engine_deaths == 3
+
+
+def test_a_log_survives_its_file_and_a_broken_file_is_said_to_be_one() -> None:
+    more = {"stalls": (Stall(3, 1.5, "code (a.py)"),), "causes": {"E": 1}, "examples": (Example(1, "E", "m"),)}
+    log = log_of(details("a", 0, 1, 4, sample(1), sample(4, busy=3), latencies={0.1: 10}, **more))
+    log.chunks.append(ChunkEntry(3, 10, 0, 0, 0, error="EngineDead"))
+    assert logs_from_json(logs_to_json([log, log])) == [log, log]
+    for broken in (b"", b"[]", b"{}", b'{"format_version":1,"runs":[{}]}', b'{"format_version":99,"runs":[]}', b"[[["):
+        with pytest.raises(ValueError):
+            logs_from_json(broken)
+
+
+def test_details_travel_as_one_line_of_json() -> None:
+    sent = details("a", 0, 1, 4, sample(1), stalls=(Stall(3, 1, "c"),), latencies={0.1: 2}, prompt_lengths={4.0: 1})
+    assert "\n" not in sent.to_json()
+    assert ChunkDetails.from_json(sent.to_json()) == sent
+
+
+@given(st.lists(st.integers(0, 20_000_000), min_size=1), st.floats(0, 1))
+def test_a_percentile_of_a_histogram_is_the_bound_above_the_exact_one(lengths: list[int], share: float) -> None:
+    histogram = count_tokens(lengths)
+    assert sum(histogram.values()) == len(lengths)
+    found = percentile(histogram, share)
+    below = sum(length <= (found or 0) for length in lengths)
+    assert found == TOKEN_BOUNDS[-1] or below >= share * len(lengths)
+    assert sum(length < (found or 0) / 2 for length in lengths) <= max(1, share * len(lengths))
+
+
+@given(st.lists(st.floats(0, 1e6)))
+def test_histograms_add_up_bound_by_bound(values: list[float]) -> None:
+    ones = [{bound(value, LATENCY_BOUNDS): 1} for value in values]
+    total = added(ones)
+    assert sum(total.values()) == len(values)
+    assert list(total) == sorted(total)
+    assert percentile({}, 0.5) is None
