@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from array import array
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +253,31 @@ class VLLMEngine:
             found.append(result)
         return found
 
+    @property
+    def profile_folder(self) -> Path | None:
+        """Where vLLM's torch profiler writes its traces; None without one, or if it writes to an object store."""
+        config = self._engine.vllm_config.profiler_config
+        local = config.profiler == "torch" and "://" not in config.torch_profiler_dir
+        return Path(config.torch_profiler_dir) if local else None
+
+    async def start_profile(self) -> None:
+        """Let vLLM's profiler record; see `flyte_batch.monitoring.kernels.profiled`.
+
+        Raises:
+            EngineDead: the engine was closed or died.
+            EngineError: the profiler records already, or vLLM was started without one.
+        """
+        await self._profile(self._engine.start_profile)
+
+    async def stop_profile(self) -> None:
+        """Write what was recorded; nobody gets an answer meanwhile.
+
+        Raises:
+            EngineDead: the engine was closed or died.
+            EngineError: vLLM was started without a profiler.
+        """
+        await self._profile(self._engine.stop_profile)
+
     async def aclose(self) -> None:
         """End vLLM and all its processes. Running calls get `EngineDead`. Closing twice, or twice at once, is fine."""
         self._closed = True
@@ -283,6 +308,16 @@ class VLLMEngine:
                 raise
             except Exception as error:
                 raise BadInput(f"lora: vLLM cannot load {self._launch.lora}: {one_line(error)}") from error
+
+    async def _profile(self, call: Callable[[], Awaitable[None]]) -> None:
+        if self.errored:
+            raise self._dead()
+        try:
+            await self._while_alive(call())
+        except EngineDead:
+            raise
+        except Exception as error:  # vLLM's own, and what it takes over from its workers
+            raise EngineError(f"vLLM's profiler failed: {one_line(error)}") from error
 
     async def _while_alive(self, call: Awaitable[T]) -> T:
         task = asyncio.ensure_future(call)
