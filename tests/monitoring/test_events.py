@@ -1,0 +1,401 @@
+"""What batchers, workers, drivers, singletons and the guard tell, and that telling never costs anybody a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flyte_batch as fb
+from flyte_batch import guard
+from flyte_batch.data.chunks import Chunk, plan_chunks
+from flyte_batch.data.sources import open_source
+from flyte_batch.errors import EngineOutOfMemory
+from flyte_batch.monitoring import events, hooks
+from flyte_batch.monitoring.details import ChunkDetails
+from flyte_batch.monitoring.events import BatchDone, Event
+from flyte_batch.monitoring.scope import current_scope, new_scope, scope_entered
+from tests.helpers import questions
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def on_event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def by_scope(self) -> Counter[Any]:
+        counts: Counter[Any] = Counter()
+        for event in self.of(BatchDone):
+            for share in event.shares:
+                counts[share.scope] += share.records
+        return counts
+
+
+@contextmanager
+def listening() -> Iterator[Listener]:
+    listener = Listener()
+    unsubscribe = hooks.subscribe(listener)
+    try:
+        yield listener
+    finally:
+        unsubscribe()
+
+
+@pytest.fixture
+def heard() -> Iterator[Listener]:
+    with listening() as listener:
+        yield listener
+
+
+def batchers(**options: Any) -> list[Callable[[], Any]]:
+    return [
+        lambda: fb.EngineBatcher(fb.FakeEngine(**options), max_batch_size=8, batch_timeout_s=0.001),
+        lambda: fb.ContinuousBatcher(fb.FakeContinuousEngine(**options), max_in_flight=8),
+    ]
+
+
+BOTH = pytest.mark.parametrize("kind", [0, 1], ids=["batches", "continuous"])
+
+
+# -- Batchers ---------------------------------------------------------------
+
+
+@BOTH
+async def test_each_record_is_told_of_once_with_its_own_callers_scope(kind: int, heard: Listener) -> None:
+    async with batchers()[kind]() as batcher:
+        scopes = [events.Scope(run="r", action=f"a{number}", chunk=f"c{number}") for number in range(3)]
+
+        async def call(scope: events.Scope, number: int) -> None:
+            records = [batcher.engine.prepare(fb.Prompt(f"one {i}")) for i in range(number)]
+            with scope_entered(scope):
+                await batcher.map(records[: number // 2])
+                await asyncio.gather(*[await batcher.submit(record) for record in records[number // 2 :]])
+
+        await asyncio.gather(*(call(scope, 10 * (at + 1)) for at, scope in enumerate(scopes)))
+        stats = batcher.stats
+    assert heard.by_scope() == {scopes[0]: 10, scopes[1]: 20, scopes[2]: 30}
+    submitted: Counter[Any] = Counter()
+    for event in heard.of(events.RecordsSubmitted):
+        submitted[event.scope] += event.records
+    assert submitted == heard.by_scope()
+    done = heard.of(BatchDone)
+    assert sum(event.records for event in done) == stats.total_completed == 60
+    assert sum(event.records for event in heard.of(events.BatchFormed)) == 60
+    assert all(event.started_at <= event.at and 0 < event.fill <= 1 for event in done)
+    assert all(seconds >= 0 for event in done for share in event.shares for seconds, _ in share.latencies)
+    assert sum(number for event in done for share in event.shares for _, number in share.latencies) == 60
+    assert {event.batcher for event in done} == {batcher.id}
+    assert sum(event.cost for event in done) == pytest.approx(stats.total_batch_cost)
+
+
+async def test_records_that_come_out_in_one_step_are_one_event(heard: Listener) -> None:
+    async with fb.ContinuousBatcher(fb.FakeContinuousEngine(), max_in_flight=64) as batcher:
+        await batcher.map([batcher.engine.prepare(fb.Prompt("same length")) for _ in range(64)])
+    assert len(heard.of(BatchDone)) < 16
+
+
+@BOTH
+async def test_a_record_that_failed_is_named_with_its_cause_and_counted_in_its_callers_share(
+    kind: int, heard: Listener
+) -> None:
+    async with batchers(fail_on={"bad"})[kind]() as batcher:
+        records = [batcher.engine.prepare(fb.Prompt(text)) for text in ("good", "bad", "fine")]
+        with scope_entered(scope := events.Scope(action="mine")):
+            await batcher.map(records, return_exceptions=True)
+    (failed,) = heard.of(events.RecordFailed)
+    assert (failed.scope, failed.stage, failed.error, failed.batcher) == (scope, "infer", "BadRecord", batcher.id)
+    assert sum(share.failed for event in heard.of(BatchDone) for share in event.shares) == 1
+    assert sum(event.failed for event in heard.of(BatchDone)) == 1
+
+
+async def test_a_batch_that_is_split_is_told_of_without_outcomes_and_its_records_once(heard: Listener) -> None:
+    async def process(batch: list[int]) -> list[int]:
+        if len(batch) > 2:
+            raise EngineOutOfMemory("too much")
+        return batch
+
+    async with fb.DynamicBatcher(process, max_batch_size=8, batch_timeout_s=0.001) as batcher:
+        await batcher.map(range(8))
+        assert batcher.stats.out_of_memory == sum(event.out_of_memory for event in heard.of(BatchDone)) >= 1
+    assert all(
+        not event.shares and event.failed == event.records for event in heard.of(BatchDone) if event.out_of_memory
+    )
+    assert sum(heard.by_scope().values()) == 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    calls=st.lists(st.lists(st.sampled_from(["ok", "bad", "poison"]), min_size=1, max_size=12), min_size=1, max_size=5),
+    isolate=st.booleans(),
+    cancelled=st.sets(st.integers(0, 4)),
+)
+async def test_what_is_told_adds_up_to_the_batchers_own_figures_whatever_happens(
+    calls: list[list[str]], isolate: bool, cancelled: set[int]
+) -> None:
+    def process(batch: list[str]) -> list[Any]:
+        if "poison" in batch:
+            raise RuntimeError("a bug")
+        return [ValueError("bad") if record == "bad" else record for record in batch]
+
+    with listening() as heard:
+        options: dict[str, Any] = {"max_batch_size": 4, "batch_timeout_s": 0.0, "isolate_failures": isolate}
+        async with fb.DynamicBatcher[str, str](process, **options) as batcher:
+            tasks = [asyncio.ensure_future(batcher.map(call, return_exceptions=True)) for call in calls]
+            await asyncio.sleep(0)
+            for index in cancelled:
+                if index < len(tasks):
+                    tasks[index].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        stats = batcher.stats
+    done = heard.of(BatchDone)
+    shares = [share for event in done for share in event.shares]
+    assert sum(share.records for share in shares) == stats.total_completed
+    assert sum(share.failed for share in shares) == stats.total_failed == len(heard.of(events.RecordFailed))
+    assert sum(event.records for event in heard.of(events.RecordsSubmitted)) == stats.total_submitted
+    assert (len(done), sum(event.records for event in done)) == (stats.total_batches, stats.total_batch_records)
+
+
+@BOTH
+async def test_an_engines_start_and_death_are_told_with_what_was_lost(kind: int, heard: Listener) -> None:
+    batcher = batchers(dies_after=0)[kind]()
+    await batcher.start()
+    with pytest.raises((fb.EngineDead, fb.BatcherDied)):
+        await batcher.map([batcher.engine.prepare(fb.Prompt("one"))])
+    await asyncio.sleep(0)
+    (started,) = heard.of(events.EngineStarted)
+    (died,) = heard.of(events.EngineDied)
+    assert (started.batcher, started.engine) == (batcher.id, type(batcher.engine).__name__)
+    assert (died.batcher, died.error) == (batcher.id, "EngineDead")
+    assert batcher in hooks.live_batchers()
+    await batcher.stop()
+
+
+# -- Hooks ------------------------------------------------------------------
+
+
+class Broken:
+    """Has no hash, as a mutable dataclass has none, and raises whatever it is told."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def on_event(self, event: Event) -> None:
+        raise KeyError("a bug in a hook")
+
+
+@BOTH
+async def test_a_failing_hook_breaks_no_batch_is_logged_once_and_the_others_still_hear(
+    kind: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    unsubscribe = hooks.subscribe(Broken())
+    try:
+        with listening() as heard:
+            async with batchers()[kind]() as batcher:
+                answers = await batcher.map([batcher.engine.prepare(fb.Prompt("one")) for _ in range(20)])
+    finally:
+        unsubscribe()
+    assert [answer.text for answer in answers] == ["echo: one"] * 20
+    assert sum(heard.by_scope().values()) == 20
+    (said,) = [record.message for record in caplog.records if "monitoring hook" in record.message]
+    assert said.startswith("the monitoring hook Broken failed on EngineStarted, and is asked again for the next event")
+
+
+def test_a_hook_that_was_taken_away_hears_nothing_and_twice_is_fine() -> None:
+    with listening() as heard:
+        unsubscribe = hooks.subscribe(other := Listener())
+        unsubscribe()
+        unsubscribe()
+        assert hooks.is_anybody_listening()
+        hooks.emit(events.EngineLoading(0.0, "x"))
+    assert (len(heard.events), other.events) == (1, [])
+    assert not hooks.is_anybody_listening()
+
+
+def test_hooks_come_and_go_on_threads_while_events_are_told() -> None:
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            hooks.subscribe(Listener())()
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    with listening() as heard:
+        for _ in range(5000):
+            hooks.emit(events.EngineLoading(0.0, "x"))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(heard.events) == 5000
+    assert not hooks.is_anybody_listening()
+
+
+def test_outside_of_everything_there_is_an_empty_scope_and_a_new_one_each_time() -> None:
+    assert (current_scope().run, current_scope().action, current_scope().chunk) == ("", "", "")
+    assert new_scope() != new_scope()
+    with scope_entered(mine := new_scope("c", 3)):
+        assert current_scope() is mine
+
+
+# -- Chunks, runs, loads, the loop -------------------------------------------
+
+
+def chunk_of(folder: Path, rows: int) -> Chunk:
+    (folder / "out").mkdir()
+    opened = open_source(questions(folder / "in.jsonl", rows))
+    return plan_chunks(opened, str(folder / "out"), rows, settings={})[0]
+
+
+def solver_of(engine: Any) -> Any:
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(engine, batch_timeout_s=0.001)
+
+    return fb.singleton(solver)
+
+
+async def test_a_chunks_events_carry_its_scope_and_the_parts_own_counts(tmp_path: Path, heard: Listener) -> None:
+    chunk = chunk_of(tmp_path, 10)
+
+    def ask(row: dict[str, Any]) -> str:
+        if row["id"] == 3:
+            raise ValueError("no prompt for this one")
+        return str(row["question"])
+
+    engine = fb.FakeEngine(fail_on={"question 7"})
+    report = await fb.infer(chunk, solver_of(engine), prompt=ask)  # type: ignore[arg-type]
+    (started,), (done,) = heard.of(events.ChunkStarted), heard.of(events.ChunkDone)
+    scope = started.scope
+    assert (scope.chunk, scope.chunk_index, done.scope) == (chunk.id, 0, scope)
+    assert heard.by_scope() == {scope: 9}
+    assert (done.rows, done.failures, done.causes) == (10, 2, {"BadRecord": 1, "ValueError": 1})
+    assert (done.prompt_tokens, done.response_tokens) == (report.prompt_tokens, report.response_tokens)
+    failed = {(event.stage, event.error): event.scope for event in heard.of(events.RecordFailed)}
+    assert failed == {("prepare", "ValueError"): scope, ("infer", "BadRecord"): scope}
+    details = ChunkDetails.from_json(report.details)
+    assert details.causes == done.causes
+    assert {(example.row, example.cause) for example in details.examples} == {(3, "ValueError"), (7, "BadRecord")}
+    assert sum(details.latencies.values()) == 9
+    assert sum(details.prompt_lengths.values()) == sum(details.response_lengths.values()) == 8
+    assert details.samples[-1].completed - details.samples[0].completed == 9
+    elapsed = [sample.busy_s + sample.starved_s + sample.assembling_s + sample.late_s for sample in details.samples]
+    assert elapsed[-1] - elapsed[0] == pytest.approx(details.samples[-1].at - details.samples[0].at, abs=0.01)
+
+
+@pytest.mark.parametrize("how", ["fails", "cancelled", "too late"])
+async def test_a_chunk_that_ends_badly_is_told_of_once(tmp_path: Path, heard: Listener, how: str) -> None:
+    chunk = chunk_of(tmp_path, 4)
+    loading = asyncio.Event()
+
+    async def solver() -> Any:
+        loading.set()
+        if how == "fails":
+            raise OSError("no such model")
+        await asyncio.Event().wait()
+
+    timeout_s = 0.05 if how == "too late" else None
+    task = asyncio.ensure_future(fb.infer(chunk, fb.singleton(solver), prompt="{question}", timeout_s=timeout_s))
+    await loading.wait()
+    if how == "cancelled":
+        task.cancel()
+    await asyncio.wait([task])
+    (started,), (failed,) = heard.of(events.ChunkStarted), heard.of(events.ChunkFailed)
+    assert failed.scope is started.scope
+    assert failed.error == {"fails": "OSError", "cancelled": "CancelledError", "too late": "DeadlineExceeded"}[how]
+    assert not heard.of(events.ChunkDone)
+    if how != "fails":
+        await asyncio.sleep(0)
+    loaded = [event.error for event in heard.of(events.EngineLoaded)]
+    assert len(heard.of(events.EngineLoading)) == 1
+    if how == "fails":
+        assert loaded == ["OSError"]
+
+
+async def test_a_run_tells_how_it_began_what_it_heard_and_how_it_ended(tmp_path: Path, heard: Listener) -> None:
+    solver = solver_of(fb.FakeEngine(fail_on={"question 3"}))
+
+    async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+        if chunk.index == 2:
+            raise RuntimeError("this one never works")
+        return await fb.infer(chunk, solver, prompt="{question}")
+
+    source, output = questions(tmp_path / "in.jsonl", 30), str(tmp_path / "out")
+    with pytest.raises(fb.ChunkFailed):
+        await fb.run(source, output, infer_chunk, chunk_size=10)
+    (began,), (ended,) = heard.of(events.RunStarted), heard.of(events.RunEnded)
+    assert (began.rows, began.chunks, began.rows_reused, began.chunks_reused) == (30, 3, 0, 0)
+    reported = {event.chunk_index: event for event in heard.of(events.ChunkReported)}
+    assert {index: (event.rows, event.failures, event.error) for index, event in reported.items()} == {
+        0: (10, 1, ""),
+        1: (10, 0, ""),
+        2: (10, 0, "RuntimeError"),
+    }
+    assert (ended.rows, ended.failures, ended.error) == (20, 1, "ChunkFailed")
+    assert {event.scope for event in [*reported.values(), ended]} == {began.scope}
+    heard.events.clear()
+
+    async def sound(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, solver, prompt="{question}")
+
+    await fb.run(source, output, sound, chunk_size=10, code_version=None, overwrite=True)
+    assert heard.of(events.RunEnded)[0].error == ""
+
+
+async def test_a_load_is_told_of_with_how_long_it_took(heard: Listener) -> None:
+    @fb.singleton
+    async def model() -> str:
+        return "loaded"
+
+    await model()
+    (loading,), (loaded,) = heard.of(events.EngineLoading), heard.of(events.EngineLoaded)
+    assert loading.name == loaded.name
+    assert "model" in loaded.name
+    assert (loaded.error, loaded.seconds >= 0) == ("", True)
+
+
+async def test_a_loop_that_stood_still_is_told_of_with_the_code_that_held_it(
+    heard: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(guard, "WARN_AFTER_S", 0.2)
+    guard.watch()
+    async with asyncio.timeout(20):
+        while not heard.of(events.LoopBlocked):
+            time.sleep(0.5)  # noqa: ASYNC251 - what is tested
+            await asyncio.sleep(0.05)
+    blocked = heard.of(events.LoopBlocked)[0]
+    assert "test_events.py" in blocked.code
+    assert blocked.seconds > 0.2
+
+
+async def test_the_time_until_the_loop_hears_of_a_finished_batch_is_not_the_devices() -> None:
+    """A plain function ends on its thread while the loop is held: the device is free, and the batcher says so."""
+    ended = threading.Event()
+
+    def process(batch: list[int]) -> list[int]:
+        ended.set()
+        return batch
+
+    async with fb.DynamicBatcher(process, batch_timeout_s=0.0) as batcher:
+        future = await batcher.submit(1)
+        while not ended.is_set():  # noqa: ASYNC110 - a thread's
+            await asyncio.sleep(0)
+        time.sleep(0.3)  # noqa: ASYNC251 - what is tested
+        await future
+        stats = batcher.stats
+    assert stats.late_time_s > 0.25
+    assert stats.busy_time_s < 0.2
+    assert stats.idle_time_s == pytest.approx(stats.starved_time_s + stats.assembling_time_s + stats.late_time_s)
