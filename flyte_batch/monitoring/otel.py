@@ -2,7 +2,7 @@
 
 Spans nest as ``run`` -> ``chunk`` -> ``batch`` -> ``record``. A batch of a shared batcher may serve several traces: it
 is a span in each of them, with that trace's own records, and links to all chunks and callers that it serves. With
-`flyteplugins-otel <https://pypi.org/project/flyteplugins-otel/>`_ a run and all its replicas are one trace.
+flyteplugins-otel, which makes spans of Flyte's tasks, a run and all its replicas are one trace.
 
 Names follow OpenTelemetry's conventions where there are some (``gen_ai.usage.*``, ``error.type``, ``exception.*``) and
 flyteplugins-otel's for Flyte's own (``flyte.run_name``); the rest is below ``flyte_batch``.
@@ -13,21 +13,23 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from opentelemetry import context as contexts
-from opentelemetry import metrics, propagate, trace
+from opentelemetry import metrics as metrics_api
+from opentelemetry import propagate, trace
 from opentelemetry.context import Context
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, StatusCode, TracerProvider
 from opentelemetry.util.types import AttributeValue
 
 import flyte_batch
 from flyte_batch.errors import BadInput
-from flyte_batch.monitoring import hooks, scope
+from flyte_batch.monitoring import hooks, metrics, scope
 from flyte_batch.monitoring.events import (
     BatchDone,
     ChunkDone,
@@ -36,6 +38,7 @@ from flyte_batch.monitoring.events import (
     ChunkStarted,
     EngineDied,
     EngineLoaded,
+    EngineStarted,
     Event,
     LoopBlocked,
     RecordFailed,
@@ -45,6 +48,7 @@ from flyte_batch.monitoring.events import (
     Scope,
     Share,
 )
+from flyte_batch.monitoring.metrics import Metric
 
 Attributes = dict[str, AttributeValue]
 
@@ -55,9 +59,6 @@ _MOST_EXCEPTIONS = 10
 """Failed records of a batch that are told of one by one."""
 _MOST_LATENCIES = 16
 """Latencies that a batch adds to the histogram: OpenTelemetry takes them one by one, at some microseconds each."""
-_SECONDS = [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92]
-"""What the conventions for generative AI say of durations."""
-_RECORDS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
 class OtelHook:
@@ -65,7 +66,7 @@ class OtelHook:
 
     The span of a run or chunk is the current one of the task that emits its event, until its end: what an engine, an
     HTTP client or the user's own code traces meanwhile nests in it. A chunk's parent is the span in which its worker
-    was called: with flyteplugins-otel that of the Flyte task, which itself is a child of the driver's.
+    was called: with flyteplugins-otel that of its Flyte task, whose parent is the run's.
 
     Use a provider that exports on a thread of its own (`BatchSpanProcessor`, as flyteplugins-otel's): spans end on the
     event loop.
@@ -77,8 +78,6 @@ class OtelHook:
         batches_per_chunk: so many batches of a chunk get a span; later ones do if one of their records is sampled.
             Totals on the chunk's span count all.
         message_chars: cut messages of errors to so many characters; 0 leaves them out.
-        propagate: has the actions that the driver calls know these texts, `flyte.custom_context`; with it they nest in
-            the run's span, else beside it.
         rng: draws the sample.
 
     Raises:
@@ -93,7 +92,6 @@ class OtelHook:
         sample_records: float = 0.01,
         batches_per_chunk: int = 1000,
         message_chars: int = 200,
-        propagate: Callable[..., AbstractContextManager[object]] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         if not 0 <= sample_records <= 1:
@@ -106,7 +104,6 @@ class OtelHook:
         self._sample = _Sample(sample_records, rng or random.Random())  # noqa: S311
         self._batches_per_chunk = batches_per_chunk
         self._message_chars = message_chars
-        self._propagate = propagate
         self._lock = threading.Lock()
         self._runs: dict[Scope, _Open] = {}
         self._chunks: dict[Scope, _Open] = {}
@@ -142,8 +139,10 @@ class OtelHook:
                 case ChunkDone():
                     self._chunk_done(event)
                 case ChunkFailed():
-                    self._metrics.chunk_failed(event)
+                    self._metrics.chunk_failed()
                     self._end(self._chunks, event.scope, event.at, {}, event.error, event.message)
+                case EngineStarted():
+                    self._metrics.engine_started(event)
                 case EngineLoaded():
                     self._engine_loaded(event)
                 case EngineDied():
@@ -169,11 +168,10 @@ class OtelHook:
             "flyte_batch.run.chunks_reused": event.chunks_reused,
         }
         opened = self._start("run", self._runs, event.scope, event.at, attributes)
-        if self._propagate is not None:
-            carrier: dict[str, str] = {}
-            propagate.inject(carrier)
-            opened.propagation = self._propagate(**carrier)
-            opened.propagation.__enter__()
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        opened.propagation = scope.action_context(**carrier)
+        opened.propagation.__enter__()
 
     def _chunk_reported(self, event: ChunkReported) -> None:
         opened = self._runs.get(event.scope)
@@ -344,7 +342,7 @@ class _Open:
     batchers: set[str] = field(default_factory=set)
     records: int = 0
     batches: int = 0
-    propagation: AbstractContextManager[object] | None = None
+    propagation: AbstractContextManager[None] | None = None
 
     def end(self, at: float) -> None:
         if self.batches:
@@ -413,101 +411,136 @@ class _Sample:
 
 
 class _Metrics:
-    """The instruments; their meaning is that of the Prometheus metrics."""
+    """Instruments for some of `flyte_batch.monitoring.metrics`.
+
+    Where a collector gives them to Prometheus, they get the names and labels that Prometheus' own backend has, so that
+    the same dashboards show them: ``flyte_batch.rows`` becomes ``flyte_batch_rows_total``.
+    """
 
     def __init__(self, provider: MeterProvider | None) -> None:
-        meter = metrics.get_meter("flyte_batch", flyte_batch.__version__, provider)
+        meter = self._meter = get_meter("flyte_batch", flyte_batch.__version__, provider)
         self._closed = False
-        self._records = meter.create_counter("flyte_batch.records", "{record}", "Records that got their outcome")
-        self._failures = meter.create_counter("flyte_batch.failures", "{record}", "Failed records by stage and error")
-        self._rows = meter.create_counter("flyte_batch.rows", "{row}", "Rows of committed chunks")
-        self._chunks = meter.create_counter("flyte_batch.chunks", "{chunk}", "Chunks that ended")
-        self._tokens = meter.create_counter("flyte_batch.tokens", "{token}", "Tokens of committed chunks")
-        self._deaths = meter.create_counter("flyte_batch.engine.deaths", "{death}", "Batchers that could not go on")
-        self._blocked = meter.create_counter("flyte_batch.loop.blocked", "s", "Time that the event loop stood still")
-        self._batch_size = meter.create_histogram(
-            "flyte_batch.batch.size", "{record}", "Records of a batch", explicit_bucket_boundaries_advisory=_RECORDS
+        self._engines: dict[str, str] = {}  # of batchers, by id
+        self._device_s: dict[tuple[str, str], float] = {}  # as told last
+        self._rows = self._counter(metrics.ROWS)
+        self._row_failures = self._counter(metrics.ROW_FAILURES)
+        self._tokens = self._counter(metrics.TOKENS)
+        self._chunks = self._counter(metrics.CHUNKS)
+        self._chunk_s = self._histogram(metrics.CHUNK_SECONDS)
+        self._records = self._counter(metrics.RECORDS)
+        self._record_failures = self._counter(metrics.RECORD_FAILURES)
+        self._latency_s = self._histogram(metrics.RECORD_LATENCY)
+        self._batch_records = self._histogram(metrics.BATCH_RECORDS)
+        self._batch_s = self._histogram(metrics.BATCH_SECONDS)
+        self._deaths = self._counter(metrics.ENGINE_DEATHS)
+        self._loop_blocked_s = self._histogram(metrics.LOOP_BLOCKED)
+        meter.create_observable_gauge(
+            _name(metrics.RECORDS_QUEUED), [self._queued], description=metrics.RECORDS_QUEUED.help
         )
-        self._batch_duration = meter.create_histogram(
-            "flyte_batch.batch.duration", "s", "Time of a batch on the device",
-            explicit_bucket_boundaries_advisory=_SECONDS,
-        )  # fmt: skip
-        self._latency = meter.create_histogram(
-            "flyte_batch.record.duration", "s",
-            f"Time from entering the queue to the outcome, of at most {_MOST_LATENCIES} records of a batch",
-            explicit_bucket_boundaries_advisory=_SECONDS,
-        )  # fmt: skip
-        meter.create_observable_up_down_counter(
-            "flyte_batch.queue.size", [self._queued], "{record}", "Records that wait"
-        )
-        meter.create_observable_counter("flyte_batch.device.time", [self._device_time], "s", "What the device did")
+        meter.create_observable_counter(_name(metrics.DEVICE_SECONDS), [self._device], "s", metrics.DEVICE_SECONDS.help)
 
     def close(self) -> None:
+        """Ask batchers no more: OpenTelemetry does not let go of instruments."""
         self._closed = True
 
+    def engine_started(self, event: EngineStarted) -> None:
+        if len(self._engines) >= _MOST_OPEN:
+            del self._engines[next(iter(self._engines))]
+        self._engines[event.batcher] = event.engine
+
     def batch_done(self, event: BatchDone) -> None:
-        outcome = "done" if event.shares else "out_of_memory" if event.out_of_memory else "split"
-        attributes = {"flyte_batch.outcome": outcome}
-        self._batch_size.record(event.records, attributes)
-        self._batch_duration.record(event.at - event.started_at, attributes)
+        engine = {"engine": self._engine_of(event.batcher)}
+        self._batch_records.record(event.records, engine)
+        self._batch_s.record(max(0.0, event.at - event.started_at), engine)
         records = sum(share.records for share in event.shares)
         failed = sum(share.failed for share in event.shares)
         if records > failed:
-            self._records.add(records - failed, _OK)
+            self._records.add(records - failed, engine | _OK)
         if failed:
-            self._records.add(failed, _FAILED)
-        for latency in _evenly_picked(event.shares, records):
-            self._latency.record(latency)
+            self._records.add(failed, engine | _FAILED)
+        for caller, latency in _evenly_picked(event.shares, records):
+            self._latency_s.record(latency, engine | {"caller": caller})
 
     def record_failed(self, event: RecordFailed) -> None:
-        self._failures.add(1, {"error.type": event.error, "flyte_batch.stage": event.stage})
+        self._record_failures.add(1, {"stage": event.stage, "cause": event.error})
 
     def chunk_done(self, event: ChunkDone) -> None:
-        self._chunks.add(1, _OK)
-        if event.rows > event.failures:
-            self._rows.add(event.rows - event.failures, _OK)
-        if event.failures:
-            self._rows.add(event.failures, _FAILED)
-        self._tokens.add(event.prompt_tokens, {"gen_ai.token.type": "input"})
-        self._tokens.add(event.response_tokens, {"gen_ai.token.type": "output"})
+        self._chunks.add(1, {"outcome": "done"})
+        self._chunk_s.record(event.seconds)
+        self._rows.add(event.rows - event.failures, _OK)
+        self._rows.add(event.failures, _FAILED)
+        for cause, rows in event.causes.items():
+            self._row_failures.add(rows, {"cause": cause})
+        self._tokens.add(event.prompt_tokens, {"kind": "prompt"})
+        self._tokens.add(event.response_tokens, {"kind": "response"})
 
-    def chunk_failed(self, event: ChunkFailed) -> None:
-        self._chunks.add(1, {**_FAILED, "error.type": event.error})
+    def chunk_failed(self) -> None:
+        self._chunks.add(1, _FAILED)
 
     def engine_died(self, event: EngineDied) -> None:
-        self._deaths.add(1, {"error.type": event.error, "flyte_batch.engine": event.engine})
+        engine = {"engine": event.engine}
+        self._deaths.add(1, engine)
+        self._records.add(event.lost, engine | _FAILED)
 
     def loop_blocked(self, event: LoopBlocked) -> None:
-        self._blocked.add(event.seconds)
+        self._loop_blocked_s.record(event.seconds)
+
+    def _engine_of(self, batcher: str) -> str:
+        if batcher not in self._engines:  # it started before anybody listened
+            self._engines |= {each.id: each.engine_name for each in hooks.live_batchers()}
+        return self._engines.get(batcher, "unknown")
 
     def _queued(self, _: CallbackOptions) -> Iterator[Observation]:
+        queued: Counter[str] = Counter()
         for batcher in self._batchers():
-            yield Observation(batcher.stats.queued, {"flyte_batch.batcher.id": batcher.id})
+            queued[batcher.engine_name] += batcher.stats.queued
+        for engine, records in queued.items():
+            yield Observation(records, {"engine": engine})
 
-    def _device_time(self, _: CallbackOptions) -> Iterator[Observation]:
+    def _device(self, _: CallbackOptions) -> Iterator[Observation]:
+        """Seconds by batcher, as those of batchers that are gone would be missing from a sum over engines."""
+        told, self._device_s = self._device_s, {}
         for batcher in self._batchers():
             stats = batcher.stats
             for state in ("busy", "starved", "assembling", "late"):
-                attributes = {"flyte_batch.batcher.id": batcher.id, "flyte_batch.device.state": state}
-                yield Observation(getattr(stats, f"{state}_time_s"), attributes)
+                # Busy seconds may turn out to have been late ones, but a counter only grows.
+                seconds = max(getattr(stats, f"{state}_time_s"), told.get((batcher.id, state), 0.0))
+                self._device_s[batcher.id, state] = seconds
+                attributes = {"engine": batcher.engine_name, "state": state, "batcher": batcher.id}
+                yield Observation(seconds, attributes)
 
     def _batchers(self) -> list[hooks.Batcher]:
         return [] if self._closed else hooks.live_batchers()
 
+    def _counter(self, metric: Metric) -> metrics_api.Counter:
+        return self._meter.create_counter(_name(metric), "s" if metric.unit else "", metric.help)
 
-_OK = {"flyte_batch.outcome": "ok"}
-_FAILED = {"flyte_batch.outcome": "failed"}
+    def _histogram(self, metric: Metric) -> metrics_api.Histogram:
+        return self._meter.create_histogram(
+            _name(metric), "s" if metric.unit else "", metric.help,
+            explicit_bucket_boundaries_advisory=metric.buckets,
+        )  # fmt: skip
 
 
-def _evenly_picked(shares: Iterable[Share], records: int) -> Iterator[float]:
-    """Latencies of at most `_MOST_LATENCIES` of the records, every n-th of them."""
+_OK = {"outcome": "ok"}
+_FAILED = {"outcome": "failed"}
+
+
+def _name(metric: Metric) -> str:
+    """Without what a collector adds for Prometheus: the unit, and ``_total``."""
+    return "flyte_batch." + metric.name.removeprefix("flyte_batch_").removesuffix("_total").removesuffix("_seconds")
+
+
+def _evenly_picked(shares: Iterable[Share], records: int) -> Iterator[tuple[str, float]]:
+    """Kind of caller and latency of at most `_MOST_LATENCIES` of the records, every n-th of them."""
     step = max(1.0, records / _MOST_LATENCIES)
     due, seen = step / 2, 0
     for share in shares:
+        caller = "chunk" if share.scope.chunk else "direct"
         for latency, count in share.latencies:
             seen += count
             while due <= seen:
-                yield latency
+                yield caller, latency
                 due += step
 
 

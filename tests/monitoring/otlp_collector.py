@@ -67,6 +67,7 @@ class Point:
     value: float = 0
     count: int = 0
     bounds: tuple[float, ...] = ()
+    is_counter: bool = False
 
 
 @dataclass
@@ -79,7 +80,12 @@ class Collector:
 
     url: str = ""
     spans: list[Span] = field(default_factory=list)
-    points: list[Point] = field(default_factory=list)
+    latest: dict[tuple[str, frozenset[tuple[str, Any]]], Point] = field(default_factory=dict)
+
+    @property
+    def points(self) -> list[Point]:
+        """Of metrics, as they were exported last."""
+        return list(self.latest.values())
 
     def named(self, name: str, trace_id: str | None = None) -> list[Span]:
         return [span for span in self.spans if span.name == name and trace_id in (None, span.trace_id)]
@@ -103,16 +109,8 @@ class Collector:
         return names
 
     def metric(self, name: str, **attributes: str) -> list[Point]:
-        """Points of a metric that have these attributes, written with ``_`` for ``.``."""
-        return [
-            point
-            for point in self.points
-            if point.name == name
-            and all(
-                {key.replace(".", "_"): value for key, value in point.attributes.items()}.get(wanted) == value
-                for wanted, value in attributes.items()
-            )
-        ]
+        """Points of a metric that have these attributes."""
+        return [point for point in self.points if point.name == name and attributes.items() <= point.attributes.items()]
 
     def take(self, path: str, body: bytes) -> None:
         if path == "/v1/traces":
@@ -125,7 +123,8 @@ class Collector:
             for of_resource in metrics.resource_metrics:
                 for of_library in of_resource.scope_metrics:
                     for metric in of_library.metrics:
-                        self.points += _points(metric)
+                        for point in _points(metric):
+                            self.latest[point.name, frozenset(point.attributes.items())] = point
 
 
 @contextmanager
@@ -189,7 +188,7 @@ def _points(metric: Any) -> list[Point]:
         own: dict[str, Any] = (
             {"count": point.count, "value": point.sum, "bounds": tuple(point.explicit_bounds)}
             if kind == "histogram"
-            else {"value": point.as_double or point.as_int}
+            else {"value": point.as_double or point.as_int, "is_counter": kind == "sum" and metric.sum.is_monotonic}
         )
         points.append(Point(metric.name, metric.unit, _attributes(point.attributes), **own))
     return points

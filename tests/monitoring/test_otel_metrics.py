@@ -1,0 +1,123 @@
+"""OpenTelemetry metrics over the wire say what Prometheus' own say, under names that become the same there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra monitoring")
+
+from otlp_collector import Point, tracing
+from prometheus_client import CollectorRegistry
+
+import flyte_batch as fb
+from flyte_batch.monitoring import events, hooks, metrics
+from flyte_batch.monitoring.events import Scope, Share
+from flyte_batch.monitoring.prometheus import PrometheusHook
+from flyte_batch.monitoring.scope import new_scope, scope_entered
+
+
+def in_prometheus(point: Point) -> str:
+    """The name that a collector gives a metric there: the unit is added, and ``_total`` to counters."""
+    name = point.name.replace(".", "_") + {"s": "_seconds", "": ""}[point.unit]
+    return name + "_total" if point.is_counter else name
+
+
+async def test_values_are_those_that_prometheus_gets() -> None:
+    registry = CollectorRegistry()
+    prometheus = PrometheusHook(registry)
+    unsubscribe = hooks.subscribe(prometheus)
+    try:
+        with tracing() as (collector, _):
+            batcher = fb.EngineBatcher(fb.FakeEngine(poison={"p 3"}), isolate_failures=True, batch_timeout_s=0.01)
+            async with batcher:
+                chunk = new_scope("c", 0)
+                hooks.emit(events.ChunkStarted(time.time(), chunk, 10))
+                with scope_entered(chunk):
+                    records = [batcher.engine.prepare(fb.Prompt(f"p {i}")) for i in range(10)]
+                    await batcher.map(records, return_exceptions=True)
+                hooks.emit(events.RecordFailed(time.time(), chunk, "prepare", "KeyError", "x"))
+                hooks.emit(events.ChunkDone(time.time(), chunk, 11, 2, 70, 90, 0.3, {"RuntimeError": 1, "KeyError": 1}))
+                hooks.emit(events.ChunkFailed(time.time(), Scope(), "OSError", "disk", 0.1))
+                hooks.emit(events.LoopBlocked(time.time(), 2.5, "f"))
+            dead: Any = fb.EngineBatcher(fb.FakeEngine(dies_after=0), max_batch_size=1)
+            await dead.start()
+            with pytest.raises((fb.EngineDead, fb.BatcherDied)):
+                await dead.map([dead.engine.prepare(fb.Prompt("p")), dead.engine.prepare(fb.Prompt("q"))])
+            await dead.stop()
+    finally:
+        unsubscribe()
+    compared = set()
+    for point in collector.points:
+        name = in_prometheus(point)
+        labels = {key: str(value) for key, value in point.attributes.items()}
+        if name == metrics.DEVICE_SECONDS.name:
+            continue  # goes on while it is compared, and is told by batcher: see below
+        if point.bounds:
+            assert registry.get_sample_value(f"{name}_count", labels) == point.count, (name, labels)
+            assert registry.get_sample_value(f"{name}_sum", labels) == pytest.approx(point.value), (name, labels)
+        else:
+            assert registry.get_sample_value(name, labels) == point.value, (name, labels)
+        compared.add(name)
+    assert compared == {
+        metric.name
+        for metric in (
+            metrics.ROWS, metrics.ROW_FAILURES, metrics.TOKENS, metrics.CHUNKS, metrics.CHUNK_SECONDS, metrics.RECORDS,
+            metrics.RECORD_FAILURES, metrics.RECORD_LATENCY, metrics.BATCH_RECORDS, metrics.BATCH_SECONDS,
+            metrics.ENGINE_DEATHS, metrics.LOOP_BLOCKED, metrics.RECORDS_QUEUED,
+        )
+    }  # fmt: skip
+
+
+async def test_labels_and_buckets_are_those_of_the_definitions() -> None:
+    by_name = {metric.name: metric for metric in metrics.METRICS}
+    with tracing() as (collector, _):
+        async with fb.EngineBatcher(fb.FakeEngine()) as batcher:
+            await batcher.map([batcher.engine.prepare(fb.Prompt("p"))])
+            hooks.emit(events.LoopBlocked(time.time(), 2.5, "f"))
+    assert collector.points
+    for point in collector.points:
+        metric = by_name[in_prometheus(point)]
+        assert set(point.attributes) - {"batcher"} == set(metric.labels)
+        assert point.bounds == metric.buckets
+        assert point.is_counter == (metric.kind == "counter")
+
+
+async def test_the_time_of_the_device_is_told_by_state_and_the_queue_by_engine() -> None:
+    gate = asyncio.Event()
+
+    async def answer(text: str) -> str:
+        await gate.wait()
+        return text
+
+    engine = fb.FakeEngine(answer)
+    batcher = fb.EngineBatcher(engine, max_batch_size=1, batch_timeout_s=0)
+    await batcher.start()
+    asking = asyncio.ensure_future(batcher.map([engine.prepare(fb.Prompt(f"p {i}")) for i in range(3)]))
+    with tracing() as (collector, _):
+        async with asyncio.timeout(10):
+            while not engine.running or batcher.stats.queued != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+    gate.set()
+    await asking
+    await batcher.stop()
+    mine = {point.attributes["state"]: point.value for point in collector.points
+            if point.attributes.get("batcher") == batcher.id}  # fmt: skip
+    assert set(mine) == {"busy", "starved", "assembling", "late"}
+    assert mine["busy"] > 0
+    assert [point.value for point in collector.points if point.name == "flyte_batch.records_queued"] == [2]
+
+
+async def test_the_latencies_of_a_large_batch_are_sampled_evenly() -> None:
+    latencies = tuple((float(seconds), 10) for seconds in range(1, 41))  # 400 records, 1 s to 40 s
+    with tracing() as (collector, _):
+        share = Share(Scope(), 400, 0, 1.0, latencies)
+        hooks.emit(events.BatchDone(time.time(), "b", 1, time.time(), 400, 0, 1.0, 1.0, False, (share,)))
+    (latency,) = collector.metric("flyte_batch.record_latency")
+    assert latency.count == 16
+    assert latency.value / latency.count == pytest.approx(20.5, abs=1)
+    (records,) = collector.metric("flyte_batch.records", outcome="ok")
+    assert records.value == 400
