@@ -20,7 +20,7 @@ from flyte_batch.engines import EngineChoice, start_engine
 from flyte_batch.load import ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
-from flyte_batch.load.report import LoadReport, conclusions
+from flyte_batch.load.report import LoadReport, conclusions, prepare_output, write_report
 from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
@@ -75,6 +75,7 @@ async def load_gpu(test: str) -> str:
 @driver.task
 async def main(
     source: str | None = None,
+    output: str | None = None,
     prompt: str | None = None,
     prompt_column: str = "question",
     prompt_template: str | None = None,
@@ -101,6 +102,7 @@ async def main(
 
     Args:
         source: prompts, JSONL or Parquet: a file, a folder, a glob; the demo model's problems when left out.
+        output: file that gets the report, as JSON; for `flyte batch check`.
         prompt: one text to ask again and again instead.
         prompt_column: the column to ask, where no template is given.
         prompt_template: text with {column} fields.
@@ -126,8 +128,9 @@ async def main(
     Returns:
         What was measured, on what, and the rate up to which the level was kept.
     """
-    if source is not None:
-        fb.require_shared(source=source)
+    fb.require_shared(**{name: path for name, path in (("source", source), ("output", output)) if path is not None})
+    if output is not None:
+        await asyncio.to_thread(prepare_output, output)
     test = await asyncio.to_thread(
         plan_load_test,
         source=source,
@@ -152,4 +155,6 @@ async def main(
     task = load_gpu if test.choice.engine == "vllm" else load_cpu
     report = LoadReport.from_json(await task(test.to_json()))
     print(*conclusions(report), sep="\n", flush=True)
+    if output is not None:
+        await asyncio.to_thread(write_report, report, output)
     return report

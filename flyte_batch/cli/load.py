@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,7 +17,7 @@ from flyte_batch.load.generator import LoadResult
 from flyte_batch.load.levels import ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
-from flyte_batch.load.report import LoadReport, conclusions
+from flyte_batch.load.report import LoadReport, conclusions, prepare_output, write_report
 from flyte_batch.records import Completion
 from flyte_batch.singletons import close_all, singleton
 
@@ -48,9 +47,9 @@ _HEADER = ("rate/s", "p50 ms", "p99 ms", "errors", "avail.")
 @click.option("--max_batch_size", default=32, show_default=True, help="Most prompts in a batch.")
 @click.option("--batch_timeout_s", default=0.005, show_default=True, help="A lone prompt waits so long for others.")
 @click.option("--max_queue_size", default=256, show_default=True, help="Most prompts that wait; others are rejected.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report, as JSON, here.")
+@click.option("--output", help="Write the report, as JSON, here.")
 def command(
-    output: Path | None,
+    output: str | None,
     p50_ms: float,
     p99_ms: float,
     max_error_rate: float,
@@ -67,7 +66,7 @@ def command(
     """
     try:
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
+            prepare_output(output)
         test = plan_load_test(
             level=ServiceLevel(p50_ms, p99_ms, max_error_rate, min_availability),
             batching=InteractiveBatching(max_batch_size, batch_timeout_s, max_queue_size),
@@ -76,7 +75,7 @@ def command(
         click.echo(f"{test.choice.engine}, {test.choice.model}: loading ...")
         report = asyncio.run(_run(test))
         if output is not None:
-            output.write_text(report.to_json() + "\n", encoding="utf-8")
+            write_report(report, output)
     except (FlyteBatchError, OSError) as error:
         raise click.ClickException(str(error)) from error
     width = min(shutil.get_terminal_size().columns, 100)
@@ -92,9 +91,15 @@ async def _run(test: LoadTest) -> LoadReport:
         engine = await start_engine(test.choice, test.sampling, **json.loads(test.engine_options))
         return test.batching.batcher(engine, test.sampling)
 
+    header = ["".join(f"{name:>8}" for name in _HEADER)]
+
+    def show(step: LoadResult) -> None:
+        while header:
+            click.echo(header.pop())
+        click.echo(_row(step))
+
     try:
-        click.echo("".join(f"{name:>8}" for name in _HEADER))
-        return await measure(test, solver, on_step=lambda step: click.echo(_row(step)))
+        return await measure(test, solver, on_step=show)
     finally:
         await close_all()
 

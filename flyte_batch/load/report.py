@@ -61,7 +61,7 @@ class LoadReport:
         try:
             report = json.loads(text)
             return cls(**{**report, "test": LoadTest.from_values(report["test"]), "limit": _limit(report["limit"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(f"this is no report of `flyte batch load --output` ({error}): make a new one") from error
 
 
@@ -75,6 +75,48 @@ def _step(values: dict[str, Any]) -> LoadResult:
         "objectives": tuple(Objective(**objective) for objective in values["objectives"]),
     }
     return LoadResult(**{**values, **typed})
+
+
+def prepare_output(path: str) -> None:
+    """Make sure that a report can be written there, before a load test begins.
+
+    Raises:
+        BadInput: this process may not write there, or it is a folder.
+    """
+    from flyte_batch.data.storage import entry, locate, make_writable_folder
+
+    there = entry(locate(path))
+    if there is not None and not there.is_file:
+        raise BadInput(f"--output {path} is a folder: name a file in it, {locate(path).child('load.json')} say")
+    make_writable_folder(locate(path).parent)
+
+
+def write_report(report: LoadReport, path: str) -> None:
+    """Write a report as JSON, whole or not at all.
+
+    Raises:
+        BadInput: this process may not write there.
+        OSError: the disk is full, or the store away.
+    """
+    from flyte_batch.data.storage import locate, write_atomically
+
+    write_atomically(locate(path), report.to_json().encode() + b"\n")
+
+
+def read_report(path: str) -> LoadReport:
+    """Read what `write_report` wrote.
+
+    Raises:
+        BadInput: there is no such file, or it holds something else; the message names it.
+    """
+    from flyte_batch.data.storage import locate, read_bytes
+
+    try:
+        return LoadReport.from_json(read_bytes(locate(path)).decode())
+    except FileNotFoundError:
+        raise BadInput(f"there is no report of a load test at {path}: flyte batch load --output {path}") from None
+    except (BadInput, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def conclusions(report: LoadReport) -> list[str]:
