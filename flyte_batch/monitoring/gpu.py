@@ -126,7 +126,7 @@ class GpuUse:
 
 @dataclass(frozen=True)
 class GpuTotal:
-    """One device's figures over all `GpuUse` of it; time that several share counts once, time that none covers doesn't.
+    """One device's figures over `GpuUse` of it: time that several cover counts once, time that none covers not at all.
 
     Attributes:
         uuid: of the device.
@@ -315,7 +315,10 @@ def gpu_totals(uses: Iterable[GpuUse]) -> tuple[GpuTotal, ...]:
 
 
 def merged(uses: Iterable[GpuUse]) -> tuple[GpuUse, ...]:
-    """One use for each device and sampler, from the earliest start to the latest end: bounded, however many chunks."""
+    """One use for each device and sampler, from the earliest start to the latest end: bounded, however many chunks.
+
+    What the device did between two chunks is then in it, too: a replica that waits takes energy.
+    """
     found: dict[tuple[str, str], GpuUse] = {}
     for use in uses:
         known = found.setdefault((use.sampler, use.uuid), use)
@@ -327,7 +330,7 @@ def merged(uses: Iterable[GpuUse]) -> tuple[GpuUse, ...]:
             energy_start_j=first.energy_start_j,
             peak_memory_bytes=_most((known.peak_memory_bytes, use.peak_memory_bytes)),
             max_temperature_c=_most((known.max_temperature_c, use.max_temperature_c)),
-            throttle_reasons=tuple(dict.fromkeys((*known.throttle_reasons, *use.throttle_reasons))),
+            throttle_reasons=_together((known.throttle_reasons, use.throttle_reasons)),
         )
     return tuple(found.values())
 
@@ -647,7 +650,7 @@ def _chosen(nvml: Any, devices: Sequence[int | str] | None) -> list[_Found]:
         if missing:
             there = ", ".join(f"{device.index} ({device.uuid})" for device in everything)
             raise BadInput(f"there is no GPU {missing[0]!r}: NVML knows {there or 'none'}")
-        chosen = [device for device in found if device is not None]
+        chosen = [device for i, device in enumerate(found) if device is not None and device not in found[:i]]
     else:
         chosen = _visible(everything, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if not chosen:

@@ -318,6 +318,19 @@ class TestTotals:
         assert gpu_totals([use_of(0, 10), use_of(10, 20, **unknown)])[0].energy_j is None
         assert gpu.energy_j([]) is None
 
+    def test_merged_uses_are_one_a_device_and_replica_with_what_was_between_them(self) -> None:
+        first = use_of(130, 200, peak_memory_bytes=3, max_temperature_c=70, throttle_reasons=("power_cap",))
+        second = use_of(100, 150, peak_memory_bytes=5, max_temperature_c=60, throttle_reasons=("idle", "power_cap"))
+        later = use_of(1000, 1050, max_temperature_c=65)
+        (one,) = gpu.merged([first, second, later])
+        assert one == use_of(
+            100, 1050, peak_memory_bytes=5, max_temperature_c=70, throttle_reasons=("idle", "power_cap")
+        )
+        assert gpu_totals([one])[0].energy_j == 9500
+        assert gpu.merged([one, first, second, later]) == (one,)
+        others = (use_of(0, 10, SECOND), use_of(0, 10, sampler="two"))
+        assert gpu.merged([first, *others]) == (first, *others)
+
     def test_watt_hours_for_a_million_tokens(self) -> None:
         assert gpu.wh_per_million_tokens(7_200_000, 4_000_000) == 500
         assert gpu.wh_per_million_tokens(7_200_000, 0) is None
@@ -359,7 +372,7 @@ class TestChoice:
 
     def test_the_callers_choice_comes_first(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        assert [sample.index for sample in start(devices=[2, SECOND]).latest()] == [2, 1]
+        assert [sample.index for sample in start(devices=[2, SECOND, THIRD, 1]).latest()] == [2, 1]
         with pytest.raises(BadInput, match=r"there is no GPU 7: NVML knows 0 \(GPU-1111.*2 \(GPU-2223"):
             GpuSampler(devices=[0, 7])
 
