@@ -57,7 +57,7 @@ _MOST_OPEN = 1000
 _MOST_LINKS = 64
 _MOST_EXCEPTIONS = 10
 """Failed records of a batch that are told of one by one."""
-_MOST_LATENCIES = 16
+_MOST_LATENCIES = 8
 """Latencies that a batch adds to the histogram: OpenTelemetry takes them one by one, at some microseconds each."""
 
 
@@ -382,7 +382,7 @@ class _Request:
         return sum(share.failed for share in self.shares)
 
     def link(self) -> Link:
-        return Link(self.span, {**_of_flyte(self.shares[0].scope), "flyte_batch.records": self.records})
+        return Link(self.span, {"flyte_batch.records": self.records})
 
 
 class _Sample:
@@ -458,8 +458,9 @@ class _Metrics:
             self._records.add(records - failed, engine | _OK)
         if failed:
             self._records.add(failed, engine | _FAILED)
+        callers = {caller: engine | {"caller": caller} for caller in ("chunk", "direct")}
         for caller, latency in _evenly_picked(event.shares, records):
-            self._latency_s.record(latency, engine | {"caller": caller})
+            self._latency_s.record(latency, callers[caller])
 
     def record_failed(self, event: RecordFailed) -> None:
         self._record_failures.add(1, {"stage": event.stage, "cause": event.error})
