@@ -32,6 +32,20 @@ _the_terminal = threading.Lock()
 """Held by the run whose view is live: a second one in the same process prints lines, which go above it."""
 
 
+def check_mode(mode: str | None) -> ProgressMode:
+    """The mode that `RunView` would take.
+
+    Raises:
+        BadInput: there is no such mode.
+    """
+    chosen = mode if mode is not None else os.environ.get(VARIABLE) or "auto"
+    for each in get_args(ProgressMode):
+        if chosen == each:
+            return cast(ProgressMode, each)
+    name = VARIABLE if mode is None else "progress"
+    raise BadInput(f"{name} is {chosen!r}: choose one of {', '.join(get_args(ProgressMode))}")
+
+
 class RunView:
     """Shows a run while it is entered.
 
@@ -56,10 +70,7 @@ class RunView:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._log = log
-        self._mode = mode if mode is not None else os.environ.get(VARIABLE) or "auto"
-        if self._mode not in get_args(ProgressMode):
-            name = VARIABLE if mode is None else "progress"
-            raise BadInput(f"{name} is {self._mode!r}: choose one of {', '.join(get_args(ProgressMode))}")
+        self._mode = check_mode(mode)
         self._out = out
         self._clock = clock
         todo, slots = log.plan.rows - log.plan.rows_reused, log.plan.replicas * log.plan.concurrency

@@ -178,7 +178,7 @@ def frame(moment: Moment, width: int) -> RenderableType:
         grid.add_row("engines", Text(f"{figures.engine_deaths:,} died", style="red"))
     if not figures.replicas:
         return grid
-    return Group(grid, _replicas(figures.replicas))
+    return Group(grid, _replicas(figures.replicas, width))
 
 
 def _bar(figures: Figures, width: int) -> RenderableType:
@@ -207,15 +207,14 @@ def _time(moment: Moment) -> str:
     return f"{elapsed}, " + ("time left not known yet" if left is None else f"about {texts.duration(left)} left")
 
 
-def _replicas(replicas: Sequence[Replica]) -> RenderableType:
+def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 2, 0, 0))
-    for justify in ("left", "right", "right"):
+    for justify in ("right", "right", "left"):
         grid.add_column(justify=justify, no_wrap=True)
     for each in replicas[:MOST_REPLICAS]:
-        name = texts.printable(f"{each.name} {each.engine}")
-        grid.add_row(
-            Text(name, overflow="crop"), f"{texts.rate(each.rows_per_s)} rows/s", f"busy {each.utilization:.0%}"
-        )
+        name = texts.printable(f"{each.engine} {each.name}")
+        name = name if len(name) <= width - 30 else ".." + name[32 - width :]  # what tells pods apart is at the end
+        grid.add_row(f"{texts.rate(each.rows_per_s)} rows/s", f"busy {each.utilization:.0%}", Text(name))
     more = len(replicas) - MOST_REPLICAS
     lines: list[RenderableType] = [Text("replicas", style="bold"), grid, *([f"and {more:,} more"] if more > 0 else [])]
     return Group(*lines)

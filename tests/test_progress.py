@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from collections.abc import Callable
+
+import pytest
+
+import flyte_batch as fb
+from flyte_batch.errors import BadInput
+from flyte_batch.monitoring.details import ChunkDetails, Sample
+from flyte_batch.progress import VARIABLE, RunView
+from flyte_batch.progress.figures import Figures, Pace, queues_here
+from flyte_batch.progress.texts import duration, idle, rate
+from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
+
+
+@pytest.fixture(autouse=True)
+def _no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+def a_log(rows: int = 1000, reused: int = 0, slots: int = 2) -> RunLog:
+    log = RunLog("out", "source", {}, Plan(rows, rows // 100, 100, reused, reused // 100, 1, slots, 256, 100.0))
+    log.rows = reused
+    return log
+
+
+def add(log: RunLog, at: float, rows: int = 100, process: str = "host-1", batcher: str = "b1", **causes: int) -> None:
+    """A chunk of ten seconds until ``at``: one to load the model, nine with the device at work for 0.7 of them."""
+    samples = (
+        Sample(at - 9, (at - 9) * 0.7, (at - 9) * 0.3, 0, 0, 0, 0, 0, 0, 0),
+        Sample(at, at * 0.7, at * 0.3, 0, 0, 0, 0, 0, 30, 7),
+    )
+    details = ChunkDetails(process, batcher, "Engine", at - 10, at - 9, at, samples, causes=causes)
+    entry = ChunkEntry(len(log.chunks), rows, sum(causes.values()), 4 * rows, 6 * rows, batcher, at - 10, at)
+    log.add_chunk(entry, details)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def a_plain_view(log: RunLog) -> tuple[RunView, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    return RunView(log, out=out, clock=clock), out, clock
+
+
+# -- Plain lines ----------------------------------------------------------
+
+
+def test_a_line_says_how_far_how_fast_and_how_long_still_and_not_more_often_than_every_two_seconds() -> None:
+    log = a_log(reused=200)
+    view, out, clock = a_plain_view(log)
+    with view:
+        clock.now += 1
+        add(log, clock.now)
+        view.refresh()
+        assert out.getvalue() == ""  # too soon
+        clock.now += 3
+        add(log, clock.now, 300, BadRecord=2)
+        view.refresh()
+        assert out.getvalue() == (
+            "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed (BadRecord 2), 1,000 tokens/s, device busy 65%\n"
+        )
+        clock.now += 0.1
+        add(log, clock.now)
+        view.refresh()
+        assert out.getvalue().count("\n") == 1
+        add(log, clock.now, 300)
+        view.refresh()
+        assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%), 195 rows/s, 0 s left")
+    assert out.getvalue().count("\n") == 2  # the last line is not said twice
+
+
+def test_a_run_that_breaks_off_says_how_far_it_came() -> None:
+    log = a_log()
+    view, out, clock = a_plain_view(log)
+
+    def break_off() -> None:
+        with view:
+            clock.now += 1
+            add(log, clock.now)
+            view.refresh()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert out.getvalue().startswith("100/1,000 rows (10%), 100 rows/s, starting, 0 failed")
+
+
+def test_a_run_with_nothing_to_do_prints_only_what_it_is_told_to_say() -> None:
+    view, out, _ = a_plain_view(a_log(reused=1000))
+    with view:
+        view.say("10 of 10 chunks are finished already")
+    view.say("1,000 rows")
+    assert out.getvalue() == "10 of 10 chunks are finished already\n1,000 rows\n"
+
+
+def test_the_most_frequent_causes_are_named_and_the_others_counted() -> None:
+    log = a_log()
+    view, out, clock = a_plain_view(log)
+    with view:
+        clock.now += 2
+        add(log, clock.now, A=1, B=4, C=3, D=2, E=1)
+        view.refresh()
+    assert "11 failed (B 4, C 3, D 2, 2 more causes)" in out.getvalue()
+
+
+def test_off_prints_nothing() -> None:
+    log, out = a_log(), io.StringIO()
+    with RunView(log, "off", out) as view:
+        add(log, 5)
+        view.refresh()
+        view.say("hello")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("choose", "printed"), [("off", ""), ("plain", "hello\n"), ("auto", "hello\n"), ("", "hello\n")]
+)
+def test_the_environment_names_the_mode_where_the_code_does_not(
+    choose: str, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, choose)
+    out, told = io.StringIO(), io.StringIO()
+    with RunView(a_log(), out=out) as view:
+        view.say("hello")
+    with RunView(a_log(), "plain", out=told) as view:
+        view.say("hello")
+    assert (out.getvalue(), told.getvalue()) == (printed, "hello\n")
+
+
+def test_an_unknown_mode_is_refused_by_the_name_that_it_was_given_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="progress is 'fancy': choose one of auto, live, plain, off"):
+        RunView(a_log(), "fancy")  # type: ignore[arg-type]
+    monkeypatch.setenv(VARIABLE, "loud")
+    with pytest.raises(BadInput, match="FLYTE_BATCH_PROGRESS is 'loud': choose one of auto, live, plain, off"):
+        RunView(a_log())
+
+
+@pytest.mark.parametrize("mode", ["plain", "live"])
+def test_a_closed_terminal_does_not_cost_the_run(mode: str) -> None:
+    out, log = io.StringIO(), a_log(100)
+    out.close()
+    with RunView(log, mode, out) as view:  # type: ignore[arg-type]
+        add(log, 5)
+        view.refresh()
+        view.say("hello")
+    assert log.rows == 100
+
+
+@pytest.mark.parametrize("mode", ["plain", "live"])
+def test_a_terminal_without_a_letter_gets_it_escaped(mode: str) -> None:
+    raw, log = io.BytesIO(), a_log(100)
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    with RunView(log, mode, out) as view:  # type: ignore[arg-type]
+        add(log, 5, Ärger=1)
+        view.refresh()
+        view.say("größer")
+    out.flush()
+    assert "gr\\xf6\\xdfer" in raw.getvalue().decode("ascii")
+    assert "1 failed (\\xc4rger 1)" in raw.getvalue().decode("ascii")
+
+
+@pytest.mark.parametrize("mode", ["plain", "live"])
+def test_texts_of_others_do_nothing_to_the_terminal(mode: str) -> None:
+    out, log = io.StringIO(), a_log(100)
+    with RunView(log, mode, out) as view:  # type: ignore[arg-type]
+        add(log, 5, **{"\x1b[2Jcause": 1})
+        view.refresh()
+        view.say("chunk 1: \x1b]0;title\x07 [red]two\nlines")
+    assert "chunk 1: \\x1b]0;title\\x07 [red]two\nlines" in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue()
+    assert "\x1b]0" not in out.getvalue()
+
+
+# -- Figures --------------------------------------------------------------
+
+
+def test_the_time_left_is_unknown_until_every_slot_has_done_a_chunk_after_its_first() -> None:
+    pace = Pace(10_000, slots=3, now=0)
+    for end in (60, 61, 62):  # the model's load, and a chunk each
+        pace.advance((end - 59) * 100, end)
+        assert pace.left(end) is None
+    for end in (70, 71):
+        pace.advance((end - 66) * 100, end)
+        assert pace.left(end) is None
+    pace.advance(600, 72)
+    assert pace.recent_rate(72) == pytest.approx(30)  # 300 rows since second 62
+    assert pace.left(72) == pytest.approx(9400 / 30)
+    assert pace.rate(72) == pytest.approx(600 / 72)
+
+
+def test_with_few_chunks_the_time_left_is_known_after_a_fifth_of_the_rows() -> None:
+    pace = Pace(1000, slots=8, now=0)
+    pace.advance(199, 10)
+    assert pace.left(10) is None
+    pace.advance(250, 10)
+    assert pace.left(10) == pytest.approx(30)
+    assert pace.recent_rate(10) is None
+
+
+def test_the_time_left_grows_while_nothing_happens() -> None:
+    pace = Pace(10_000, slots=1, now=0)
+    for end in range(1, 5):
+        pace.advance(100 * end, end)
+    before = pace.left(4)
+    assert before == pytest.approx(96)
+    assert (pace.left(40) or 0) > 5 * before
+
+
+def test_lately_forgets_what_was_long_ago() -> None:
+    pace = Pace(100_000, slots=2, now=0)
+    for end in range(1, 101):  # slow
+        pace.advance(end, end)
+    for end in range(101, 161):  # fast
+        pace.advance(100 + 50 * (end - 100), end)
+    assert pace.recent_rate(160) == pytest.approx(50)
+    assert pace.rate(160) == pytest.approx(3100 / 160)
+
+
+def test_before_the_first_chunk_nothing_is_claimed() -> None:
+    pace = Pace(100, slots=1, now=5)
+    assert (pace.rate(5), pace.rate(9), pace.left(9), pace.recent_rate(9)) == (0, 0, None, None)
+
+
+def test_a_replica_is_a_process_however_many_engines_it_had() -> None:
+    log = a_log()
+    add(log, 20, process="host-1", batcher="dead")
+    add(log, 40, process="host-1", batcher="anew")
+    add(log, 40, 300, process="host-2", batcher="other")
+    log.ended = 40
+    figures = Figures.of(log)
+    assert [(each.name, each.rows) for each in figures.replicas] == [("host-2", 300), ("host-1", 200)]
+    assert figures.replicas[1].rows_per_s == pytest.approx(200 / 29)  # from second 11
+    assert figures.replicas[0].utilization == pytest.approx(6.3 / 10)
+    assert figures.replicas[1].utilization == pytest.approx(2 * 6.3 / 30)  # ten seconds without an engine
+    assert (figures.queued, figures.running) == (60, 14)  # of two living engines, not of three
+    assert figures.tokens == 5000
+    assert figures.shares == log.time_shares()
+
+
+def test_failed_chunks_and_dead_engines_are_counted() -> None:
+    log = a_log()
+    log.chunks.append(ChunkEntry(0, 100, 0, 0, 0, error="EngineDead"))
+    log.engine_deaths = 2
+    figures = Figures.of(log)
+    assert (figures.chunks_failed, figures.engine_deaths, figures.done) == (1, 2, 0)
+
+
+async def test_the_queues_of_this_process_are_those_of_its_batchers() -> None:
+    open_gate, on_device = asyncio.Event(), asyncio.Event()
+
+    async def work(batch: list[int]) -> list[int]:
+        on_device.set()
+        await open_gate.wait()
+        return batch
+
+    assert queues_here() is None
+    async with fb.DynamicBatcher[int, int](work, max_batch_size=2, target_batch_cost=2, batch_timeout_s=0.0) as batcher:
+        futures = [await batcher.submit(each, estimated_cost=1) for each in range(5)]
+        await on_device.wait()
+        assert queues_here() == (3, 2)
+        open_gate.set()
+        await asyncio.gather(*futures)
+    assert queues_here() is None
+
+
+@pytest.mark.parametrize(
+    ("say", "value", "text"),
+    [
+        (duration, 7.4, "7 s"), (duration, 119, "119 s"), (duration, 150, "2 min"), (duration, 9000, "2.5 h"),
+        (rate, 512.3, "512"), (rate, 4096, "4,096"), (rate, 3.14, "3.1"), (rate, 0.031, "0.031"), (rate, 0, "0"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(say: Callable[[float], str], value: float, text: str) -> None:
+    assert say(value) == text
+
+
+def test_what_took_the_other_time_is_named_by_size() -> None:
+    log = a_log()
+    add(log, 20)
+    log.ended = 30  # ten seconds of tail after ten of a chunk
+    assert idle(Figures.of(log).shares) == "tail 50%, starved 14%, loading 5%"
+
+
+def test_logging_goes_where_it_went_before_a_view_that_is_not_live(caplog: pytest.LogCaptureFixture) -> None:
+    with RunView(a_log(), "plain", io.StringIO()):
+        logging.getLogger("x").warning("hello")
+    assert "hello" in caplog.text
