@@ -349,11 +349,11 @@ def test_ctrl_c_gives_the_cursor_back_and_says_how_far_it_came(start: Start) -> 
 def test_the_end_of_the_interpreter_gives_the_cursor_back(start: Start) -> None:
     """In Flyte's local mode a driver runs on a thread, which Ctrl-C does not reach."""
     run = start()
-    run.wait_for("0/1,000 rows")
-    run.do(
-        "import atexit, threading", "threading.excepthook = lambda args: None", "view.__exit__ = None", "break_off()"
-    )
-    assert run.end() != 0
+    run.do("view.__exit__(None, None, None)", "second = RunView(log).__enter__()", "print('second view')")
+    run.wait_for("second view")
+    run.read_until(lambda: run.screen.cursor.hidden, "a view without a cursor")
+    run.do("raise SystemExit(3)")
+    assert run.end() == 3
     assert not run.screen.cursor.hidden
 
 
