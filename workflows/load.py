@@ -85,6 +85,7 @@ async def main(
     max_tokens: int = 256,
     sampling_options: str = "{}",
     rate: float | None = None,
+    start_rate: float = 8.0,
     seconds: float = 20.0,
     warm_up_s: float = 5.0,
     timeout_s: float = 10.0,
@@ -112,6 +113,7 @@ async def main(
         max_tokens: most tokens of a response.
         sampling_options: further sampling parameters, a JSON object.
         rate: requests a second; the highest that keeps the level is searched when left out.
+        start_rate: the first rate of a search.
         seconds: to measure, in each step of a search.
         warm_up_s: seconds before that, not measured.
         timeout_s: seconds after which a request is given up.
@@ -145,6 +147,7 @@ async def main(
         batching=InteractiveBatching(max_batch_size, batch_timeout_s, max_queue_size),
         here=fb.runs_here(),
         rate_per_s=rate,
+        start_per_s=start_rate,
         seconds=seconds,
         warm_up_s=warm_up_s,
         timeout_s=timeout_s,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from flyte_batch.batching.checks import finite_number, whole_number
-from flyte_batch.errors import BadInput, QueueFull
+from flyte_batch.errors import BadInput, DeadlineExceeded, QueueFull
 from flyte_batch.load.levels import Objective, ServiceLevel, latency_objective, percentile, share_objective
 from flyte_batch.pipeline import GONE
 
@@ -261,6 +261,24 @@ def asker(target: Submitter | Ask) -> Ask:
         return await (await target.submit(record))
 
     return ask
+
+
+async def ask_alone(ask: Ask, record: Any, timeout_s: float) -> None:
+    """Make one request, to know that there is somebody, and that nothing is left to do before it.
+
+    Raises:
+        DeadlineExceeded: it was not answered in time.
+        Exception: what it raised.
+    """
+    try:
+        async with asyncio.timeout(timeout_s) as patience:
+            await ask(record)
+    except TimeoutError as error:
+        if not patience.expired():
+            raise
+        raise DeadlineExceeded(
+            f"a request alone was not answered in {timeout_s:g} s: give more (timeout_s), or see what holds the engine"
+        ) from error
 
 
 class _Tally:

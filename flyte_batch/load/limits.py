@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from flyte_batch.batching.checks import finite_number
 from flyte_batch.errors import BadInput
-from flyte_batch.load.generator import Ask, LoadResult, Submitter, asker, check_rate, run_load
+from flyte_batch.load.generator import Ask, LoadResult, Submitter, ask_alone, asker, check_rate, run_load
 from flyte_batch.load.levels import ServiceLevel
 
 _FEWEST_REQUESTS = 10
@@ -98,7 +97,8 @@ async def find_limit(
 
     Raises:
         TypeError, BadInput: an option that cannot work.
-        Exception: what the very first request raised; `TimeoutError` if it was not answered in ``timeout_s``.
+        DeadlineExceeded: the very first request, made before any step, was not answered in ``timeout_s``.
+        Exception: what that request raised.
     """
     level = level or ServiceLevel()
     check_rate("start_per_s", start_per_s)
@@ -109,12 +109,12 @@ async def find_limit(
     if not records:
         raise BadInput("there are no records to ask: give at least one")
     ask = asker(target)
-    await _ask_alone(ask, records[0], timeout_s)
+    await ask_alone(ask, records[0], timeout_s)
     steps: list[LoadResult] = []
 
     async def is_there() -> bool:
         try:
-            await _ask_alone(ask, records[0], timeout_s)
+            await ask_alone(ask, records[0], timeout_s)
         except Exception:
             return False
         return True
@@ -172,8 +172,3 @@ def next_rate(
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
-
-
-async def _ask_alone(ask: Ask, record: Any, timeout_s: float) -> None:
-    async with asyncio.timeout(timeout_s):
-        await ask(record)

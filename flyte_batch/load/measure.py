@@ -11,7 +11,7 @@ from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.errors import BatcherNotRunning
-from flyte_batch.load.generator import LoadResult, run_load
+from flyte_batch.load.generator import LoadResult, ask_alone, run_load
 from flyte_batch.load.limits import Limit, find_limit
 from flyte_batch.load.plan import LoadTest, each_of, read_prompts
 from flyte_batch.load.report import LoadReport, hardware, versions
@@ -45,6 +45,7 @@ async def measure(
             asker_of(solver),
             prompts,
             level=test.level,
+            start_per_s=test.start_per_s,
             precision=test.precision,
             seconds=test.seconds,
             warm_up_s=test.warm_up_s,
@@ -53,7 +54,7 @@ async def measure(
             on_step=on_step,
         )
     else:
-        await asker_of(solver)(prompts[0])
+        await ask_alone(asker_of(solver), prompts[0], test.timeout_s)
         result = await run_load(
             asker_of(solver),
             prompts,

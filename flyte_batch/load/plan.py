@@ -76,6 +76,7 @@ class LoadTest:
         template: a text with {column} fields, for the rows of ``source``.
         prompt: one text to ask again and again instead.
         rate_per_s: requests a second; None searches the highest rate that keeps the level.
+        start_per_s: the first rate of a search.
         seconds: measured, in each step of a search.
         warm_up_s: before that, not measured.
         timeout_s: seconds after which a request is given up.
@@ -92,6 +93,7 @@ class LoadTest:
     template: str = "{question}"
     prompt: str | None = None
     rate_per_s: float | None = None
+    start_per_s: float = 8.0
     seconds: float = 20.0
     warm_up_s: float = 5.0
     timeout_s: float = 10.0
@@ -101,7 +103,8 @@ class LoadTest:
 
     def __post_init__(self) -> None:
         if self.rate_per_s is not None:
-            check_rate("rate_per_s", self.rate_per_s)
+            check_rate("rate", self.rate_per_s)
+        check_rate("start_rate", self.start_per_s)
         check_times(self.seconds, self.warm_up_s, self.timeout_s, self.level)
         check_precision(self.precision)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -125,7 +126,7 @@ def test_prompts_come_from_a_file_by_a_template_or_from_the_command_line(
         (["--engine", "ctranslate"], r"unknown engine 'ctranslate'.*did you mean ctranslate2"),
         (["--engine", "ctranslate2", "--model", "/nowhere"], r"no folder.*/nowhere|/nowhere"),
         (["--source", "/nowhere.jsonl"], r"/nowhere\.jsonl"),
-        (["--rate", "0"], r"rate_per_s must be finite and above 0"),
+        (["--rate", "0"], r"rate must be finite and above 0"),
         (["--p99_ms", "1"], r"p99_ms \(1\) is below p50_ms"),
         (["--max_queue_size", "0"], r"max_queue_size must be 1 or more"),
         (["--output", "/proc/nope/x.json"], r"/proc/nope"),
@@ -149,6 +150,21 @@ def test_an_engine_that_does_not_start_is_one_line_and_exit_code_1(monkeypatch: 
     run = inside("--engine", "fake", "--rate", "5", *SHORT)
     assert run.exit_code == 1
     assert "Error: the device is gone" in run.output
+
+
+@pytest.mark.parametrize("rate", [("--rate", "5"), ()])
+def test_an_engine_that_does_not_answer_is_one_line_and_exit_code_1(
+    rate: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(fb.FakeEngine):
+        async def infer(self, batch: Any) -> Any:
+            await asyncio.sleep(0.6)
+            return await super().infer(batch)
+
+    monkeypatch.setattr("flyte_batch.engines.fake.FakeEngine", Stuck)
+    run = inside("--engine", "fake", "--timeout_s", "0.3", "--p50_ms", "100", "--p99_ms", "200", *rate, *SHORT)
+    assert run.exit_code == 1
+    assert "Error: a request alone was not answered in 0.3 s" in run.output
 
 
 def test_an_engine_that_dies_is_loaded_anew_and_the_load_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,5 +210,5 @@ def test_both_ways_take_the_same_options() -> None:
     from workflows import load as workflow
 
     defaults = command.make_context("load", []).params
-    defaults["rate"] = defaults.pop("rate_per_s")
+    defaults |= {"rate": defaults.pop("rate_per_s"), "start_rate": defaults.pop("start_per_s")}
     assert defaults == {name: default for name, (_, default) in workflow.main.interface.inputs.items()}

@@ -85,7 +85,8 @@ def test_a_prompt_that_the_engine_refuses_is_named_before_the_load(tmp_path: Pat
     [
         ({"engine": "fak"}, "unknown engine 'fak'"),
         ({"source": "a.jsonl", "prompt": "b"}, "both a source and a prompt"),
-        ({"rate_per_s": -1.0}, "rate_per_s must be finite and above 0"),
+        ({"rate_per_s": -1.0}, "rate must be finite and above 0"),
+        ({"start_per_s": 0.0}, "start_rate must be finite and above 0"),
         ({"timeout_s": 1.0}, "timeout_s .1. must be above the p99"),
         ({"precision": 0.0}, "precision must be finite and above 0"),
         ({"engine_options": '{"contxt": 3}'}, "no option 'contxt': did you mean context"),
