@@ -1,0 +1,346 @@
+"""What to change, and the numbers that say so. Pure: from a run's log to sentences.
+
+A rule speaks only where its share of the engines' time is worth a line, and only of values that differ from those the
+run had. Savings are seconds of engines, at best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flyte_batch.histograms import percentile
+from flyte_batch.planning.chunks import BATCHES_IN_FLIGHT, MAX_CHUNKS, plan_chunk_rows
+from flyte_batch.report.formats import count, number, percent, plural, seconds
+from flyte_batch.report.run_log import RunLog, TimeShares
+
+SHORTEST_S = 5.0
+"""Seconds of engines below which nothing is said of their time."""
+
+STARVED = 0.10
+ASSEMBLING = 0.10
+BLOCKED = 0.05
+LOADING = 0.25
+TAIL = 0.15
+GOOD_TAIL = 0.05
+LOW_FILL = 0.5
+BUSY = 0.8
+FAILED = 0.01
+RATE_OFF = 2.0
+SLOW_S = 10.0
+SLOW_TIMES = 10.0
+
+SLACK = 1.5
+"""Times the slots that would just keep a device busy: chunks do not end evenly."""
+MOST_CONCURRENCY = 64
+RUNS_PER_LOAD = 3
+"""A replica should work at least so many times as long as it loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One thing to change.
+
+    Attributes:
+        title: what was wrong, with its share.
+        evidence: the numbers.
+        action: what to do.
+        saves: seconds of engines that it saves at best; None where it is not about time.
+    """
+
+    title: str
+    evidence: str
+    action: str
+    saves: float | None = None
+
+
+def advise(log: RunLog) -> list[Advice]:
+    """What would make the next run better; errors first, then the largest saving. Empty where all is well."""
+    found = [advice for rule in _RULES if (advice := rule(log)) is not None]
+    shares = log.time_shares()
+    if shares.total >= SHORTEST_S and (log.outcome != "running" or log.rows_done >= log.plan.rows / 4):
+        timed = [advice for time_rule in _TIME_RULES if (advice := time_rule(log, shares)) is not None]
+        found += sorted(timed, key=lambda advice: -(advice.saves or 0.0))
+    return found
+
+
+def too_short(log: RunLog) -> bool:
+    """Whether the engines worked for too short a time to say what to do about it."""
+    return log.time_shares().total < SHORTEST_S
+
+
+def replicas_seen(log: RunLog) -> int:
+    """Processes that answered a chunk."""
+    return len({engine.process for engine in log.engines.values()})
+
+
+def measured_rows_per_s(log: RunLog) -> float | None:
+    """Rows that one replica answered a second while it had an engine and chunks; None where nothing was answered."""
+    working = sum(max(0.0, engine.ended - engine.loaded) for engine in log.engines.values())
+    rows = sum(engine.rows for engine in log.engines.values())
+    return rows / working if working > 0 and rows else None
+
+
+# -- Errors -------------------------------------------------------------------
+
+
+def _engine_deaths(log: RunLog) -> Advice | None:
+    if not log.engine_deaths:
+        return None
+    return Advice(
+        f"Engines died {plural(log.engine_deaths, 'time')}",
+        "Each death costs a load, and the answers that were under way are made again.",
+        "Look for the cause in the replicas' logs. If it is memory: give the engine less of it (vLLM: lower "
+        "gpu_memory_utilization or max_model_len), lower the batcher's budget, or give the container more.",
+    )
+
+
+_REMEDIES = {
+    "BadRecord": "Mend these rows, or leave them out of the source",
+    "BadResponse": "Raise max_tokens, or make the schema easier to fulfil",
+    "EngineOutOfMemory": "Lower max_batch_size or target_batch_tokens, or max_tokens",
+    "DeadlineExceeded": "Raise the records' timeout_s",
+}
+
+
+def _failures(log: RunLog) -> Advice | None:
+    if not log.causes or log.failures <= FAILED * log.rows:
+        return None
+    cause, rows = max(log.causes.items(), key=lambda pair: pair[1])
+    remedy = _REMEDIES.get(cause, "Look at the example rows below, and mend the rows or the code that they fail in")
+    return Advice(
+        f"{percent(log.failures / log.rows)} of the rows failed",
+        f"{count(rows)} of {plural(log.failures, 'failure')} are of the class {cause}.",
+        f"{remedy}; then run the same command again with retry_failures.",
+    )
+
+
+# -- Time -----------------------------------------------------------------------
+
+
+def _starved(log: RunLog, shares: TimeShares) -> Advice | None:
+    share = shares.starved / shares.total
+    if share <= STARVED:
+        return None
+    plan, replicas = log.plan, max(1, replicas_seen(log))
+    title = f"Starved {percent(share)} of the time"
+    evidence = f"Devices were free for {seconds(shares.starved)} with no record waiting"
+    per_replica = len([chunk for chunk in log.chunks if not chunk.error]) / replicas
+    saves = shares.starved
+    if per_replica > plan.concurrency:
+        used = shares.busy / (shares.busy + shares.starved)
+        wanted = _slots(plan.concurrency, used)
+        if wanted > plan.concurrency:
+            return Advice(
+                title,
+                f"{evidence}: {plan.concurrency} chunks at once kept one busy for {percent(used)} of the time between "
+                "loading and its last chunk.",
+                f"Raise the replicas' concurrency from {plan.concurrency} to {wanted}.",
+                saves,
+            )
+    elif plan.concurrency > 1 and plan.chunk_rows > _fewest_chunk_rows(log) and per_replica < plan.concurrency:
+        size = max(_fewest_chunk_rows(log), math.floor(plan.chunk_rows * per_replica / plan.concurrency))
+        if size < plan.chunk_rows and log.plan.rows / size <= MAX_CHUNKS:
+            return Advice(
+                title,
+                f"{evidence}: a replica had {number(per_replica)} chunks in all, fewer than its {plan.concurrency} "
+                "slots.",
+                f"Lower chunk_size from {count(plan.chunk_rows)} to {count(size)}.",
+                saves,
+            )
+    return Advice(
+        title,
+        f"{evidence}, though {plural(plan.concurrency, 'chunk')} of {count(plan.chunk_rows)} rows could be at hand.",
+        "Preparing (template, tokeniser) or finishing is slower than the device: give the replicas more CPUs, or make "
+        "your prompt and finish functions cheaper.",
+        saves,
+    )
+
+
+def _slots(concurrency: int, used: float) -> int:
+    """Chunks at once that would keep a device busy which ``concurrency`` of them kept busy for a share of ``used``."""
+    return min(MOST_CONCURRENCY, math.ceil(SLACK * concurrency / used)) if used > 0 else MOST_CONCURRENCY
+
+
+def _fewest_chunk_rows(log: RunLog) -> int:
+    """Below that a replica's chunks together hold too few rows to fill batches."""
+    return max(1, -(-BATCHES_IN_FLIGHT * log.plan.batch_rows // log.plan.concurrency))
+
+
+def _assembling(log: RunLog, shares: TimeShares) -> Advice | None:
+    share = shares.assembling / shares.total
+    if share <= ASSEMBLING:
+        return None
+    fill = mean_fill(log)
+    filled = f"; batches left {percent(fill)} full on average" if fill is not None else ""
+    return Advice(
+        f"Waiting for batches to fill {percent(share)} of the time",
+        f"Devices were free for {seconds(shares.assembling)} while records waited for more{filled}.",
+        "Lower the batcher's batch_timeout_s: a batch that leaves sooner costs less than a device that waits.",
+        shares.assembling,
+    )
+
+
+def _blocked(log: RunLog, shares: TimeShares) -> Advice | None:
+    share = shares.blocked / shares.total
+    if share <= BLOCKED:
+        return None
+    title = f"Blocked event loops {percent(share)} of the time"
+    evidence = f"Devices were free for {seconds(shares.blocked)} before the event loop took notice"
+    held: Counter[str] = Counter()
+    for _, stall in log.stalls:
+        held[stall.code] += stall.seconds  # type: ignore[assignment]  # a Counter of seconds
+    if not held:
+        return Advice(
+            title,
+            f"{evidence}; it never stood still for more than a second.",
+            "Much small work on the event loop: move what your code does there to threads (asyncio.to_thread), or give "
+            "the replica more CPUs.",
+            shares.blocked,
+        )
+    code, longest = held.most_common(1)[0]
+    return Advice(
+        title,
+        f"{evidence}. It stood still {plural(len(log.stalls), 'time')}, {seconds(longest)} of it in {code}.",
+        f"Call what blocks in {code} on a thread: await asyncio.to_thread(...).",
+        shares.blocked,
+    )
+
+
+def _loading(log: RunLog, shares: TimeShares) -> Advice | None:
+    share = shares.loading / shares.total
+    if share <= LOADING or log.outcome == "running":
+        return None
+    seen = replicas_seen(log)
+    each = shares.loading / len(log.engines)
+    title = f"Loading {percent(share)} of the time"
+    evidence = f"{plural(len(log.engines), 'engine')} took {seconds(each)} each until there, and worked for "
+    evidence += f"{seconds(shares.busy / len(log.engines))} each."
+    fewer = max(1, math.floor(shares.busy / (RUNS_PER_LOAD * each)))
+    if fewer < seen and len(log.engines) == seen:
+        longer = shares.busy / fewer - shares.busy / seen
+        return Advice(
+            title,
+            evidence,
+            f"Fewer replicas for so few rows: {fewer} instead of {seen}. The run takes some {seconds(longer)} longer.",
+            (seen - fewer) * each,
+        )
+    return Advice(
+        title,
+        evidence,
+        "Give a run more rows, keep replicas warm between runs (replicas=(1, ...), a longer idle_ttl), load while the "
+        "source is read (--warm_up), or bring the model nearer (prefetch): docs/cold-start.md.",
+        shares.loading,
+    )
+
+
+def _tail(log: RunLog, shares: TimeShares) -> Advice | None:
+    share = shares.tail / shares.total
+    seen = replicas_seen(log)
+    if share <= TAIL or seen < 2 or log.outcome == "running":
+        return None
+    plan = log.plan
+    title = f"Idle at the end {percent(share)} of the time"
+    evidence = f"Replicas waited {seconds(shares.tail)} for the last chunks of others; a chunk had "
+    evidence += f"{count(plan.chunk_rows)} rows."
+    fewest = max(_fewest_chunk_rows(log), -(-plan.rows // MAX_CHUNKS))
+    size = max(fewest, math.floor(plan.chunk_rows * GOOD_TAIL / share))
+    if size < plan.chunk_rows:
+        return Advice(
+            title,
+            evidence,
+            f"Lower chunk_size from {count(plan.chunk_rows)} to {count(size)}.",
+            shares.tail * (1 - size / plan.chunk_rows),
+        )
+    fewer = max(1, math.floor(seen * (1 - share)))
+    if fewer < seen:
+        return Advice(
+            title,
+            f"{evidence} Smaller ones would not fill batches.",
+            f"Fewer replicas for so few rows: {fewer} instead of {seen}.",
+            shares.tail * (1 - fewer / seen),
+        )
+    return None
+
+
+def mean_fill(log: RunLog) -> float | None:
+    """How full the batches of all engines were, as far as they were sampled; None without any."""
+    pairs = [(engine.samples[0], engine.samples[-1]) for engine in log.engines.values() if engine.samples]
+    batches = sum(last.batches - first.batches for first, last in pairs)
+    return sum(last.fill - first.fill for first, last in pairs) / batches if batches > 0 else None
+
+
+def _fill(log: RunLog, shares: TimeShares) -> Advice | None:
+    fill, working = mean_fill(log), shares.busy / shares.total
+    if fill is None or fill >= LOW_FILL or working <= BUSY:
+        return None
+    plan = log.plan
+    wanted = min(MOST_CONCURRENCY, math.ceil(plan.concurrency / max(fill, 1 / MOST_CONCURRENCY)))
+    title = f"Batches {percent(fill)} full"
+    evidence = f"Devices were busy {percent(working)} of the time, with batches of less than half of what they may hold"
+    per_replica = len([chunk for chunk in log.chunks if not chunk.error]) / max(1, replicas_seen(log))
+    if wanted <= plan.concurrency or per_replica < wanted:
+        return Advice(title, f"{evidence}.", "Give a run more rows: fuller batches take little longer than these.")
+    return Advice(
+        title,
+        f"{evidence}: {plural(plan.concurrency, 'chunk')} of {count(plan.chunk_rows)} rows do not bring more at once.",
+        f"Raise the replicas' concurrency from {plan.concurrency} to {wanted}.",
+        shares.busy * (1 - fill) / 2,
+    )
+
+
+def _rate(log: RunLog, shares: TimeShares) -> Advice | None:
+    del shares
+    measured, plan = measured_rows_per_s(log), log.plan
+    if measured is None or not math.isfinite(plan.rows_per_s) or plan.rows_per_s <= 0:
+        return None
+    off = max(measured / plan.rows_per_s, plan.rows_per_s / measured)
+    said = float(f"{measured:.2g}")
+    if off <= RATE_OFF or said == plan.rows_per_s:
+        return None
+    sizes = [
+        plan_chunk_rows(
+            plan.rows,
+            replicas=plan.replicas,
+            concurrency=plan.concurrency,
+            batch_rows=plan.batch_rows,
+            rows_per_s=rate,
+        )
+        for rate in (plan.rows_per_s, said)
+    ]
+    if sizes[0] == sizes[1]:
+        return None
+    return Advice(
+        f"Replicas are {number(off)} times as {'fast' if measured > plan.rows_per_s else 'slow'} as planned for",
+        f"One answered {number(measured)} rows/s, the plan assumed {number(plan.rows_per_s)}; with the right figure "
+        f"a new output's chunks have {count(sizes[1])} rows instead of {count(sizes[0])}.",
+        f"Pass --rows_per_s {said:g}.",
+    )
+
+
+def _latency(log: RunLog, shares: TimeShares) -> Advice | None:
+    del shares
+    middle, slow = percentile(log.latencies, 0.5), percentile(log.latencies, 0.99)
+    if middle is None or slow is None or slow <= SLOW_S or slow <= SLOW_TIMES * middle:
+        return None
+    return Advice(
+        f"One record in a hundred took more than {number(slow / middle)} times as long as the middle one",
+        f"Half of the records had their result within {seconds(middle)}, 99% within {seconds(slow)}: the slow ones "
+        "keep their chunks open.",
+        "Look at the longest responses: a lower max_tokens, or a stop text, ends those that repeat themselves.",
+    )
+
+
+_RULES: tuple[Callable[[RunLog], Advice | None], ...] = (_engine_deaths, _failures)
+_TIME_RULES: tuple[Callable[[RunLog, TimeShares], Advice | None], ...] = (
+    _starved,
+    _assembling,
+    _blocked,
+    _loading,
+    _tail,
+    _fill,
+    _rate,
+    _latency,
+)

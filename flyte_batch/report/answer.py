@@ -1,0 +1,139 @@
+"""The answer: how a run went, in a sentence and a few figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flyte_batch.monitoring import gpu
+from flyte_batch.report.advice import replicas_seen
+from flyte_batch.report.formats import count, number, percent, plural, seconds
+from flyte_batch.report.run_log import RunLog, TimeShares
+
+ENOUGH_TO_ESTIMATE = 0.2
+"""Share of a run's rows before which the time that is left is not told: the first ones hold the model's load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of the answer.
+
+    Attributes:
+        name: what it is.
+        value: with its unit.
+        note: what it is made of.
+    """
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def knows_times(log: RunLog) -> bool:
+    """Whether the log is of a run; one that was made from parts alone knows only what these hold."""
+    return log.started > 0
+
+
+def seconds_left(log: RunLog) -> float | None:
+    """Until a running run's end, by its speed so far; None where that says too little."""
+    to_do = log.plan.rows - log.plan.rows_reused
+    if log.outcome != "running" or log.seconds <= 0 or log.rows_done < ENOUGH_TO_ESTIMATE * to_do or not log.rows_done:
+        return None
+    return (to_do - log.rows_done) / (log.rows_done / log.seconds)
+
+
+def status(log: RunLog) -> str:
+    """In a word or two."""
+    return {"running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}.get(
+        log.outcome, "Unfinished"
+    )
+
+
+def sentence(log: RunLog, shares: TimeShares) -> str:
+    """What came of the run; ``shares`` are its `RunLog.time_shares`."""
+    answered, of_rows = log.rows - log.failures, log.plan.rows
+    failed = f"; {plural(log.failures, 'row')} failed" if log.failures else ", none failed"
+    if not knows_times(log):
+        rest = "" if log.outcome == "done" else ", and the output is not finished"
+        return f"{count(answered)} of {plural(log.rows, 'row')} in the parts have a response{failed}{rest}."
+    if log.outcome == "running":
+        left = seconds_left(log)
+        later = f"about {seconds(left)} left" if left is not None else "too early to say how long it will take"
+        share = percent(log.rows / of_rows) if of_rows else "0%"
+        so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {seconds(log.seconds)}"
+        return f"{so_far}{failed}; {later}."
+    if log.outcome != "done":
+        word = "Cancelled" if log.outcome == "cancelled" else "Failed"
+        kept = (
+            f"with {count(log.rows)} of {plural(of_rows, 'row')} done, which are kept"
+            if log.rows
+            else "with no row done"
+        )
+        return f"{word} after {seconds(log.seconds)}, {kept}."
+    if not log.rows_done:
+        return f"Nothing was left to do: earlier runs had done all {plural(log.rows, 'row')}{failed}."
+    replicas = plural(replicas_seen(log), "replica")
+    return (
+        f"{count(answered)} of {plural(of_rows, 'row')} answered in {seconds(log.seconds)} by {replicas}, "
+        f"busy {percent(shares.utilization)} of the time{failed}."
+    )
+
+
+def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
+    """The numbers that matter, the most telling first; ``shares`` are the log's `RunLog.time_shares`."""
+    share = log.failures / log.rows if log.rows else 0.0
+    reused = f", {count(log.plan.rows_reused)} by earlier runs" if log.plan.rows_reused else ""
+    found = [
+        Figure("Rows", count(log.rows), f"of {count(log.plan.rows)}{reused}"),
+        Figure("Failures", count(log.failures), f"{percent(share)} of the rows done"),
+    ]
+    if knows_times(log):
+        note = f"{seconds(shares.busy)} busy of {seconds(shares.total)}"
+        found += [
+            Figure("Time", seconds(log.seconds), plural(replicas_seen(log), "replica")),
+            Figure(
+                "Utilisation", percent(shares.utilization) if shares.total else "none", note if shares.total else ""
+            ),
+        ]
+    if knows_times(log) and log.seconds > 0 and log.rows_done:
+        tokens = tokens_done(log)
+        found += [
+            Figure("Rows a second", number(log.rows_done / log.seconds), "of this run, loading included"),
+            Figure("Tokens a second", number(tokens / log.seconds), "prompts and responses"),
+        ]
+    tokens_note = f"{count(log.prompt_tokens)} of prompts, {count(log.response_tokens)} of responses"
+    found.append(Figure("Tokens", count(log.prompt_tokens + log.response_tokens), tokens_note))
+    if log.cost is not None:
+        note = f"{seconds(log.replica_seconds)} of replicas at {number(log.plan.price_per_hour or 0)} an hour"
+        found.append(Figure("Cost", f"{log.cost:,.2f}" if log.cost >= 0.1 or not log.cost else number(log.cost), note))
+    energy = gpu.energy_j(gpu.gpu_totals(log.gpus))
+    per_million = gpu.wh_per_million_tokens(energy, tokens_done(log))
+    if energy is not None and per_million is not None:
+        found.append(Figure("Energy", f"{number(energy / 3600)} Wh", f"{number(per_million)} Wh per million tokens"))
+    return found
+
+
+def tokens_done(log: RunLog) -> int:
+    """Of prompts and responses, in this run."""
+    return sum(chunk.prompt_tokens + chunk.response_tokens for chunk in log.chunks)
+
+
+def summary(log: RunLog) -> list[str]:
+    """The answer as five lines of text."""
+    shares = log.time_shares()
+    lines = {figure.name: figure for figure in figures(log, shares)}
+
+    def line(*names: str) -> str:
+        return "; ".join(
+            f"{name.lower()} {lines[name].value}" + (f" ({lines[name].note})" if lines[name].note else "")
+            for name in names
+            if name in lines
+        )
+
+    found = [
+        f"{status(log)}: {sentence(log, shares)}",
+        line("Rows", "Failures"),
+        line("Time", "Utilisation"),
+        line("Rows a second", "Tokens a second", "Tokens"),
+        line("Cost", "Energy"),
+    ]
+    return [text for text in found if text]

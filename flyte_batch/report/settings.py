@@ -1,0 +1,55 @@
+"""A run's settings as rows of a table, and what must not be seen there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from flyte_batch.report.formats import cut
+
+MASK = "(masked: its name or its form is that of a secret)"
+MOST_CHARACTERS = 2000
+
+_SECRET_NAME = re.compile(
+    r"(^|[_.\-\s])(api_?key|access_?key|secret|password|passwd|passphrase|credentials?|authorization|bearer|"
+    r"private_?key|token|auth)($|[_.\-\s])|secret_|_secret",
+    re.IGNORECASE,
+)
+"""Not ``max_tokens``: a token alone is a secret, tokens are not."""
+_SECRET_TEXT = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{16,}|xox[abprs]-[\w\-]{8,}|"
+    r"eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]+)|-----BEGIN [A-Z ]*PRIVATE KEY|\w://[^/\s:@]+:[^/\s@]+@"
+)
+
+
+def flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of each entry, in their order; texts that hold JSON objects are taken apart."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        inside = value if isinstance(value, Mapping) else _object(value)
+        if _SECRET_NAME.search(str(key)):
+            yield name, MASK
+        elif inside:
+            yield from flat(inside, f"{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(_masked(value), ensure_ascii=False, default=str)
+            yield name, MASK if _SECRET_TEXT.search(text) else cut(text, MOST_CHARACTERS)
+
+
+def _masked(value: object) -> object:
+    """A value in which the entries of mappings whose names are those of secrets are masked."""
+    if isinstance(value, Mapping):
+        return {key: MASK if _SECRET_NAME.search(str(key)) else _masked(each) for key, each in value.items()}
+    return [_masked(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _object(value: object) -> Mapping[str, object] | None:
+    """The JSON object that a text holds."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
