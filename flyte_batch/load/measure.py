@@ -71,7 +71,7 @@ async def measure(
     return LoadReport(
         started_at=started_at.isoformat(timespec="seconds"),
         took_s=time.monotonic() - started,
-        hardware=hardware(),
+        hardware=await asyncio.to_thread(hardware),
         load_average=load_average,
         versions=versions(),
         prompts=len(prompts),

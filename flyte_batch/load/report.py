@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import platform
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from flyte_batch.load.generator import Latencies, LoadResult
 from flyte_batch.load.levels import CONFIDENCE, Objective
 from flyte_batch.load.limits import Limit
 from flyte_batch.load.plan import LoadTest
+from flyte_batch.monitoring.gpu import GpuSampler
 from flyte_batch.replica import this_replica
 
 
@@ -161,16 +163,27 @@ def _doubts(kept: LoadResult) -> list[str]:
 
 
 def hardware() -> str:
-    """Processor, usable cores and, in a replica, its GPU."""
+    """Processor, usable cores and GPUs: those that NVML finds here, else what the replica was declared with."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     named = itertools.chain((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), [""])
     cores = available_cores()
+    parts = [next(named) or platform.machine(), f"{cores} core{'s' if cores > 1 else ''}"]
     replica = this_replica()
-    gpu = f", gpu {replica.gpu}" if replica is not None and replica.gpu is not None else ""
-    return f"{next(named) or platform.machine()}, {cores} core{'s' if cores > 1 else ''}{gpu}"
+    declared = [str(replica.gpu)] if replica is not None and replica.gpu is not None else []
+    return ", ".join([*parts, *(_gpus() or declared)])
+
+
+def _gpus() -> list[str]:
+    """The GPUs that CUDA would use, counted by name. Blocks for some tenths of a second where there is one."""
+    try:
+        with GpuSampler() as sampler:
+            counted = Counter(sample.name for sample in sampler.latest())
+    except BadInput:  # no GPU, no driver, or no nvidia-ml-py
+        return []
+    return [f"{number} x {name}" for name, number in counted.items()]
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
+import re
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from flyte_batch.demo.problems import generate
 from flyte_batch.load import Limit, ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test, read_prompts
-from flyte_batch.load.report import LoadReport, conclusions, prepare_output, read_report, write_report
+from flyte_batch.load.report import LoadReport, conclusions, hardware, prepare_output, read_report, write_report
+from flyte_batch.replica import VARIABLE, ReplicaSettings
 from tests.helpers import write_jsonl
 
 
@@ -143,6 +147,28 @@ def test_a_search_finds_what_the_engine_can_do_and_says_what_it_rests_on(searche
     assert "core" in searched.hardware
     assert searched.test.choice.engine == "fake"
     assert searched.started_at.endswith("+00:00")
+
+
+class TwoGpus(contextlib.nullcontext["TwoGpus"]):
+    """A `GpuSampler` on a machine with two GPUs of a kind."""
+
+    def __enter__(self) -> TwoGpus:
+        return self
+
+    def latest(self) -> list[types.SimpleNamespace]:
+        return [types.SimpleNamespace(name="NVIDIA L4")] * 2
+
+
+def test_the_hardware_names_the_gpus_that_are_there_or_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gpu() -> None:
+        raise fb.BadInput("no driver")
+
+    monkeypatch.setattr("flyte_batch.load.report.GpuSampler", no_gpu)
+    assert re.search(r", \d+ cores?$", hardware())
+    monkeypatch.setenv(VARIABLE, ReplicaSettings("pool", gpu="A10G:1").variable()[VARIABLE])
+    assert hardware().endswith(", A10G:1")
+    monkeypatch.setattr("flyte_batch.load.report.GpuSampler", TwoGpus)
+    assert hardware().endswith(", 2 x NVIDIA L4")
 
 
 def test_a_report_survives_being_written_and_read(searched: LoadReport, tmp_path: Path) -> None:
