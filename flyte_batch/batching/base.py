@@ -14,7 +14,7 @@ import logging
 import time
 import uuid
 import warnings
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
@@ -27,6 +27,7 @@ from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
 from flyte_batch.batching.lanes import PENDING, CallersLane, MapLane, ResultFuture, SubmitLane, fail, new_future
 from flyte_batch.batching.packing import Backlog, Batch
 from flyte_batch.batching.stats import BatchStats, Meter
+from flyte_batch.batching.telling import Teller
 from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, DeadlineExceeded, QueueFull
 from flyte_batch.monitoring import events, hooks
 
@@ -100,6 +101,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         overflow: Overflow,
     ) -> None:
         self.id = uuid.uuid4().hex[:12]
+        self._teller = Teller(self.id)
         self._backlog = backlog
         self._costs = costs
         self._max_queue_size = max_queue_size
@@ -655,8 +657,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._backlog.push(lane, records, costs, tickets, self._now())
         self._meter.submitted += count
         if hooks.is_anybody_listening():
-            queued = len(self._backlog)
-            hooks.emit(events.RecordsSubmitted(time.time(), self.id, lane.scope, count, cost, queued))
+            self._teller.submitted(lane, count, cost, len(self._backlog))
         if was_empty and self._meter.phase == "starved":
             self._meter.enter("assembling")
         self._arrived(was_empty)
@@ -711,33 +712,19 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     # -- Outcomes ----------------------------------------------------------
 
-    def _settle(self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]) -> None:
-        """Resolve a batch's records; an exception in a record's place fails that record only."""
+    def _settle(self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]) -> int:
+        """Resolve a batch's records; an exception in a record's place fails that record only.
+
+        Returns:
+            How many failed.
+        """
         failures = 0
         if any(issubclass(kind, BaseException) for kind in set(map(type, outcomes))):
             failures = sum(isinstance(outcome, BaseException) for outcome in outcomes)
         self._meter.completed += len(batch)
         self._meter.failed += failures
         batch.deliver(outcomes, failures)
-
-    def _shares(
-        self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]
-    ) -> list[events.Share]:
-        """What each caller has of a batch whose records got these outcomes now; tells of those that failed."""
-        now, at = self._now(), time.time()
-        shares: list[events.Share] = []
-        start = 0
-        for lane, tickets in batch.parts:
-            part = slice(start, start + len(tickets))
-            start = part.stop
-            assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
-            errors = [outcome for outcome in outcomes[part] if isinstance(outcome, BaseException)]
-            for error in errors:
-                failed = type(error).__name__, str(error)
-                hooks.emit(events.RecordFailed(at, lane.scope, "infer", *failed, self.id))
-            latencies = tuple((now - arrival, count) for arrival, count in Counter(batch.arrivals[part]).items())
-            shares.append(events.Share(lane.scope, len(tickets), len(errors), sum(batch.costs[part]), latencies))
-        return shares
+        return failures
 
 
 def _length_mismatch(costs: int, records: int) -> BadInput:

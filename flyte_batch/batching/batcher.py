@@ -18,7 +18,7 @@ from flyte_batch.batching.costs import CostModel
 from flyte_batch.batching.packing import Backlog, Batch, BatchCost
 from flyte_batch.batching.processing import ProcessFn, Processor, as_failure, copy_of, is_out_of_memory
 from flyte_batch.errors import BadInput, EngineDead
-from flyte_batch.monitoring import events, hooks
+from flyte_batch.monitoring import hooks
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,6 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             stride=max(max_batch_size, length_window),
             overflow=overflow,
         )
-        self._batches = 0
         self._processor = Processor(process_fn, blocked_loop_warning_s=blocked_loop_warning_s)
         self._target_batch_cost = target_batch_cost
         self._max_batch_size = max_batch_size
@@ -188,10 +187,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             if not len(batch):
                 todo.pop()
                 continue
-            self._batches += 1
             if hooks.is_anybody_listening():
-                formed = len(batch), batch.cost, self._fill(batch), len(self._backlog)
-                hooks.emit(events.BatchFormed(time.time(), self.id, self._batches, *formed))
+                self._teller.formed(len(batch), batch.cost, self._fill(batch), len(self._backlog))
             self._meter.enter("busy")
             self._meter.on_device(len(batch))
             started_at = time.time()
@@ -199,8 +196,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             self._count(batch)
             if isinstance(outcome, list):
                 todo.pop()
-                self._settle(batch, outcome)
-                self._announce(batch, outcome, started_at)
+                failures = self._settle(batch, outcome)
+                self._tell(batch, started_at, outcome, failures)
             else:
                 self._failed(batch, outcome, started_at)
         self._call_under_way = None
@@ -235,30 +232,29 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                     self._budget,
                 )
             todo.extend(reversed(batch.halves()))
-            self._announce(batch, None, started_at, out_of_memory)
+            self._tell(batch, started_at, None, out_of_memory=out_of_memory)
             return
         failure = as_failure(error)
         logger.error("%s failed on a batch of %d records: %s: %s", name, len(batch), type(error).__name__, error)
         failures = [failure, *(copy_of(failure) for _ in range(len(batch) - 1))]
         self._settle(batch, failures)
-        self._announce(batch, failures, started_at, out_of_memory)
+        self._tell(batch, started_at, failures, len(batch), out_of_memory)
         if isinstance(error, EngineDead):
             raise error
 
-    def _announce(
+    def _tell(
         self,
         batch: Batch[RecordT, ResultT],
-        outcomes: Sequence[ResultT | BaseException] | None,
         started_at: float,
+        outcomes: Sequence[ResultT | BaseException] | None,
+        failures: int = 0,
         out_of_memory: bool = False,
     ) -> None:
         """Tell of a batch that came back; without outcomes, of one that is split and tried again."""
-        if not hooks.is_anybody_listening():
-            return
-        shares = tuple(self._shares(batch, outcomes)) if outcomes is not None else ()
-        failed = sum(share.failed for share in shares) if outcomes is not None else len(batch)
-        done = len(batch), failed, batch.cost, self._fill(batch), out_of_memory, shares
-        hooks.emit(events.BatchDone(time.time(), self.id, self._batches, started_at, *done))
+        if hooks.is_anybody_listening():
+            if outcomes is not None:
+                self._teller.settled(batch, outcomes, failures)
+            self._teller.done(batch, started_at, self._fill(batch), out_of_memory, self._now())
 
     def _fill(self, batch: Batch[RecordT, ResultT]) -> float:
         return max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size)

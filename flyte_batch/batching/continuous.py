@@ -24,8 +24,7 @@ from flyte_batch.batching.packing import Backlog, Batch
 from flyte_batch.batching.processing import LoopWatch, is_async, is_out_of_memory, name_of
 from flyte_batch.engines.base import ContinuousEngine
 from flyte_batch.errors import EngineDead
-from flyte_batch.monitoring import events, hooks
-from flyte_batch.monitoring.events import Scope, Share
+from flyte_batch.monitoring import hooks
 from flyte_batch.records import Completion
 
 logger = logging.getLogger(__name__)
@@ -172,8 +171,6 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._flights: dict[_Flight[RecordT], None] = {}
         self._turned_away: deque[_Flight[RecordT]] = deque()  # by an engine out of memory; they go first
         self._filling = False
-        self._admissions = self._landed_batches = 0
-        self._landings: list[tuple[_Flight[RecordT], Share, float]] = []
 
     @property
     def budget(self) -> float:
@@ -210,22 +207,15 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if self._filling:  # making room in the queue lets records in, which asks for this again
             return
         self._filling = True
-        launched: list[_Flight[RecordT]] = []
         try:
             while len(self._flights) < self._max_in_flight:
                 flight = self._next()
                 if flight is None:
                     break
                 self._launch(flight)
-                launched.append(flight)
                 self._room_was_made()
         finally:
             self._filling = False
-            if launched and hooks.is_anybody_listening():
-                self._admissions += 1
-                cost = sum(flight.cost for flight in launched)
-                formed = len(launched), cost, self._fullness(), len(self._backlog)
-                hooks.emit(events.BatchFormed(time.time(), self.id, self._admissions, *formed))
 
     def _next(self) -> _Flight[RecordT] | None:
         """The next record, if it fits."""
@@ -260,6 +250,8 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._cost += flight.cost
         flight.beside = self._cost
         flight.started_at = time.time()
+        if hooks.is_anybody_listening():
+            self._teller.admitted(flight.cost, self._fullness, len(self._backlog))
         self._meter.on_device(len(self._flights))
         if self._meter.phase != "busy":
             self._meter.enter("busy")
@@ -309,38 +301,12 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._meter.batch_finished(
             records=1, cost=flight.cost, record_cost=flight.cost, padded_cost=flight.cost, fill=fill
         )
-        self._settle(batch, [outcome])
+        failures = self._settle(batch, [outcome])
         if hooks.is_anybody_listening():
-            self._note(flight, outcome, fill)
+            self._teller.settled(batch, [outcome], failures)
+            self._teller.landed(flight.started_at, flight.cost, fill)
         if isinstance(outcome, Completion) and isinstance(outcome.response_tokens, int):
             self._lengths.observe(self._prompt_tokens(flight.record), outcome.response_tokens)
-
-    def _note(self, flight: _Flight[RecordT], outcome: Completion | BaseException, fill: float) -> None:
-        """Remember a record that is done, until all that the engine gave back in this step are."""
-        if not self._landings:
-            asyncio.get_running_loop().call_soon(self._announce_landings, context=self._context)
-        (share,) = self._shares(flight.batch, [outcome])
-        self._landings.append((flight, share, fill))
-
-    def _announce_landings(self) -> None:
-        landed, self._landings = self._landings, []
-        shares: dict[Scope, list[Share]] = {}
-        for _, share, _ in landed:
-            shares.setdefault(share.scope, []).append(share)
-        self._landed_batches += 1
-        done = events.BatchDone(
-            at=time.time(),
-            batcher=self.id,
-            batch=self._landed_batches,
-            started_at=min(flight.started_at for flight, _, _ in landed),
-            records=len(landed),
-            failed=sum(share.failed for _, share, _ in landed),
-            cost=sum(flight.cost for flight, _, _ in landed),
-            fill=max(fill for _, _, fill in landed),
-            out_of_memory=False,
-            shares=tuple(_joined(each) for each in shares.values()),
-        )
-        hooks.emit(done)
 
     def _make_do_with_less(self, flight: _Flight[RecordT]) -> bool:
         """The engine had no memory for this record: whether there is a chance with fewer others beside it."""
@@ -426,14 +392,3 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         except Exception:
             return None
         return admission_order(prompts, expected, shared=self._shared_prefix)
-
-
-def _joined(shares: Sequence[Share]) -> Share:
-    """One caller's records as one share."""
-    return Share(
-        scope=shares[0].scope,
-        records=sum(share.records for share in shares),
-        failed=sum(share.failed for share in shares),
-        cost=sum(share.cost for share in shares),
-        latencies=tuple(latency for share in shares for latency in share.latencies),
-    )

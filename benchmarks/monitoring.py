@@ -1,0 +1,198 @@
+"""What monitoring costs at 10,000 records a second: the same work with and without it, in turns, in one run.
+
+    python benchmarks/monitoring.py [--rounds N] [--seconds S]
+
+The device is simulated: it takes 10,000 records a second and no more. Eight callers keep it busy. Three ways to it:
+
+- batches: `DynamicBatcher`, a plain function on a thread, 256 records a batch, `map`;
+- records: the same, 1,000 callers that each submit a record and wait for it;
+- steps: `ContinuousBatcher`, 100 records a step of 10 ms, as vLLM gives them back.
+
+"All" is the recorder that workers use for the report, JSON lines (to /dev/null), Prometheus (scraped every second), and
+OpenTelemetry's spans and metrics through its SDK (to an exporter that throws them away). Throughput is what users lose;
+CPU time is what it takes of the process, lost or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from prometheus_client import CollectorRegistry, generate_latest
+
+import flyte_batch as fb
+from flyte_batch.monitoring import events, hooks
+from flyte_batch.monitoring.json_logs import JsonLogs
+from flyte_batch.monitoring.otel import OtelHook
+from flyte_batch.monitoring.prometheus import PrometheusHook
+from flyte_batch.monitoring.recorder import recorder
+from flyte_batch.monitoring.scope import new_scope, scope_entered
+
+RATE = 10_000
+BATCH = 256
+STEP_RECORDS = 100
+CALLERS = 8
+
+
+class NowhereExporter(SpanExporter):
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return SpanExportResult.SUCCESS
+
+
+@contextmanager
+def logs() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        unsubscribe = hooks.subscribe(JsonLogs(nowhere))
+        yield
+        unsubscribe()
+
+
+@contextmanager
+def prometheus() -> Iterator[None]:
+    registry, stop = CollectorRegistry(), threading.Event()
+    unsubscribe = hooks.subscribe(PrometheusHook(registry))
+
+    def scrape() -> None:
+        while not stop.wait(1.0):
+            generate_latest(registry)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
+    unsubscribe()
+
+
+@contextmanager
+def otel() -> Iterator[None]:
+    tracers, meters = TracerProvider(), MeterProvider([InMemoryMetricReader()])
+    tracers.add_span_processor(BatchSpanProcessor(NowhereExporter()))
+    hook = OtelHook(tracers, meters)
+    unsubscribe = hooks.subscribe(hook)
+    yield
+    unsubscribe()
+    hook.close()
+    tracers.shutdown()
+    meters.shutdown()
+
+
+BACKENDS: dict[str, list[Any]] = {
+    "none": [],
+    "report": ["recorder"],
+    "report, logs": ["recorder", logs],
+    "report, prometheus": ["recorder", prometheus],
+    "report, otel": ["recorder", otel],
+    "all": ["recorder", logs, prometheus, otel],
+}
+
+
+# -- The ways to the device ---------------------------------------------------
+
+
+def device(batch: list[Any]) -> list[Any]:
+    time.sleep(len(batch) / RATE)
+    return batch
+
+
+def batches() -> Any:
+    return fb.DynamicBatcher[int, int](device, max_batch_size=BATCH, max_queue_size=20 * BATCH, turn_size=64)
+
+
+def steps() -> Any:
+    engine = fb.FakeContinuousEngine(lambda text: "x", slots=STEP_RECORDS, seconds_per_step=STEP_RECORDS / RATE)
+    return fb.ContinuousBatcher(engine)
+
+
+async def with_map(batcher: Any, deadline: float, block: Sequence[Any]) -> int:
+    done = 0
+    while time.monotonic() < deadline:
+        done += len(await batcher.map(block))
+    return done
+
+
+async def with_submit(batcher: Any, deadline: float, block: Sequence[Any]) -> int:
+    async def caller() -> int:
+        done = 0
+        while time.monotonic() < deadline:
+            await (await batcher.submit(block[0]))
+            done += 1
+        return done
+
+    return sum(await asyncio.gather(*(caller() for _ in range(1000 // CALLERS))))
+
+
+Way = tuple[Callable[[], Any], Callable[[Any, float, Sequence[Any]], Awaitable[int]]]
+WAYS: dict[str, Way] = {"batches": (batches, with_map), "records": (batches, with_submit), "steps": (steps, with_map)}
+
+
+async def measured(way: Way, backends: list[Any], seconds: float) -> tuple[float, float]:
+    """(records/s, CPU microseconds a record) of one round."""
+    make, work = way
+    with ExitStack() as stack:
+        for backend in backends:
+            if backend != "recorder":
+                stack.enter_context(backend())
+        async with make() as batcher:
+            block = [batcher.engine.prepare(fb.Prompt("x")) if hasattr(batcher, "engine") else 0] * 2 * BATCH
+
+            async def caller(number: int) -> int:
+                scope = new_scope(f"chunk{number}", number)
+                with ExitStack() as mine:
+                    if "recorder" in backends:
+                        mine.enter_context(recorder.recording(scope))
+                        mine.enter_context(recorder.sampling(batcher))
+                    hooks.emit(events.ChunkStarted(time.time(), scope, 1))
+                    mine.enter_context(scope_entered(scope))
+                    done = await work(batcher, deadline, block)
+                    hooks.emit(events.ChunkDone(time.time(), scope, done, 0, done, done, seconds))
+                    return done
+
+            started, cpu, deadline = time.monotonic(), time.process_time(), time.monotonic() + seconds
+            done = sum(await asyncio.gather(*map(caller, range(CALLERS))))
+            took, cpu = time.monotonic() - started, time.process_time() - cpu
+    gc.collect()
+    return done / took, 1e6 * cpu / done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    options = parser.parse_args()
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    print(f"Python {platform.python_version()}, {cores} cores, {platform.machine()}; load {load:.1f}")
+    print(*(f"{name} {version(name)}" for name in ("prometheus-client", "opentelemetry-sdk")), sep=", ")
+    for name, way in WAYS.items():
+        found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in BACKENDS}
+        asyncio.run(measured(way, [], 0.5))
+        for number in range(options.rounds):
+            kinds = list(BACKENDS) if number % 2 else list(reversed(BACKENDS))
+            for kind in kinds:
+                found[kind].append(asyncio.run(measured(way, BACKENDS[kind], options.seconds)))
+        print(f"\n{name:<22}{'records/s':>10}{'of none':>9}{'lost':>8}{'CPU us/record':>15}{'more':>7}")
+        bare = statistics.median(cpu for _, cpu in found["none"])
+        for kind, rounds in found.items():
+            ratio = statistics.median(rate / none for (rate, _), (none, _) in zip(rounds, found["none"], strict=True))
+            rate, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+            print(f"  {kind:<20}{rate:>10,.0f}{ratio:>9.3f}{1 - ratio:>8.1%}{cpu:>15.2f}{cpu - bare:>7.2f}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

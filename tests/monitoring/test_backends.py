@@ -1,0 +1,94 @@
+"""The environment variable that names a process's backends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flyte_batch as fb
+from flyte_batch.monitoring.backends import VARIABLE, check_backends
+from tests.helpers import ENVIRONMENT, ROOT, questions
+
+PROGRAM = """
+import asyncio, sys
+import flyte_batch as fb
+
+@fb.singleton
+async def solver():
+    return fb.EngineBatcher(fb.FakeEngine(), batch_timeout_s=0.001)
+
+async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+    return await fb.infer(chunk, solver, prompt="{question}")
+
+asyncio.run(fb.run(sys.argv[1], sys.argv[2], infer_chunk, chunk_size=10, progress="off"))
+"""
+
+
+def run(folder: Path, backends: str, more: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM + more, questions(folder / "in.jsonl", 20), str(folder / "out")],
+        cwd=ROOT, env={**ENVIRONMENT, VARIABLE: backends}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_a_process_without_the_variable_has_no_backend_and_says_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_variable_attaches_what_it_names(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    seen = """
+from prometheus_client import REGISTRY
+print("seen", REGISTRY.get_sample_value("flyte_batch_rows_total", {"outcome": "ok"}))
+"""
+    done = run(tmp_path, "logs,prometheus:0", seen)
+    assert done.returncode == 0, done.stderr
+    assert "seen 20.0" in done.stdout
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"run_started", "chunk_done", "run_ended"} <= {line["event"] for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("backends", "said"),
+    [
+        ("nonsense", "'nonsense' is no backend; there are logs, otel, prometheus"),
+        ("prometheus:99999", "prometheus is off"),
+        ("prometheus:203.0.113.1:9464", "prometheus is off"),
+    ],
+)
+def test_what_cannot_be_attached_is_a_warning_and_the_run_goes_on(tmp_path: Path, backends: str, said: str) -> None:
+    done = run(tmp_path, backends)
+    assert done.returncode == 0
+    assert said in done.stderr
+    assert fb.read_output(str(tmp_path / "out")).num_rows == 20
+
+
+def test_a_library_that_is_not_installed_is_named_with_the_extra(tmp_path: Path) -> None:
+    block = "import sys; sys.modules['prometheus_client'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + PROGRAM, questions(tmp_path / "in.jsonl", 20), str(tmp_path / "out")],
+        cwd=ROOT, env={**ENVIRONMENT, VARIABLE: "prometheus"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "prometheus is off, because prometheus_client can't be imported: install flyte-batch with the extra" in (
+        done.stderr
+    )
+
+
+def test_environments_refuse_a_backend_that_there_is_not_and_a_secret_in_an_address() -> None:
+    assert check_backends(["logs", "prometheus:0.0.0.0:9464", "push:http://gateway:9091"]) == (
+        "logs,prometheus:0.0.0.0:9464,push:http://gateway:9091"
+    )
+    with pytest.raises(fb.BadInput, match="'promtheus' is no backend; there are logs"):
+        fb.replica_environment("r", image="auto", monitoring=["promtheus"])
+    with pytest.raises(fb.BadInput, match="holds a user or a password") as refused:
+        fb.driver_environment("d", monitoring=["push:http://me:hunter2@gateway:9091"])
+    assert "hunter2" not in str(refused.value)
+    environment = fb.driver_environment("d", monitoring=["logs", "otel"], env_vars={"A": "b"})
+    assert environment.env_vars is not None
+    assert (environment.env_vars[VARIABLE], environment.env_vars["A"]) == ("logs,otel", "b")
