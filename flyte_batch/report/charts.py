@@ -18,12 +18,12 @@ BAR_HEIGHT = 40.0
 
 
 def nice_top(values: Sequence[float | None]) -> float:
-    """The end of an axis that holds these values: 1, 2 or 5 times a power of ten; 1 where there is nothing."""
+    """The end of an axis that holds these values, a round number; 1 where there is nothing."""
     most = max((value for value in values if value is not None and math.isfinite(value)), default=0.0)
     if most <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))
-    return next((step * power for step in (1, 2, 5) if most <= step * power), 10 * power)
+    return next((step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8) if most <= step * power), 10 * power)
 
 
 def steps(values: Sequence[float | None], top: float, *, ident: str, title: str, description: str) -> Markup:

@@ -14,14 +14,19 @@ def count(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, more for whole thousands: ``0.0123``, ``12.3``, ``12,345``."""
+    """Three significant digits, more for whole thousands: ``0.0123``, ``12.3``, ``5``, ``12,345``."""
     if not math.isfinite(value):
         return "unknown"
     if value == 0:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
     rounded = round(value, digits)
-    return f"{rounded:,.{max(0, digits)}f}" if abs(rounded) < 100 else f"{value:,.0f}"
+    return _plain(f"{rounded:.{max(0, digits)}f}") if abs(rounded) < 100 else f"{value:,.0f}"
+
+
+def _plain(text: str) -> str:
+    """Without zeros that say nothing."""
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def percent(share: float) -> str:
@@ -42,7 +47,7 @@ def seconds(value: float) -> str:
     if value < 0.0995:
         return f"{number(value * 1000)} ms" if value > 0 else "0 s"
     if value < 9.95:
-        return f"{value:.1f} s"
+        return f"{_plain(f'{value:.1f}')} s"
     whole = round(value)
     if whole < 60:
         return f"{whole} s"

@@ -29,12 +29,13 @@ from flyte_batch.report.timelines import Slice, edges, timeline, token_rates
 MANY_REPLICAS = 8
 """With more, only the least and the most utilised are drawn."""
 OF_MANY = 3
-SLOWEST = 10
 STRAGGLER = 3.0
 """Times the middle chunk's duration."""
-MOST_ROWS = 500
+MOST_ROWS = 200
 """Of a table; a run's chunks and stalls can be thousands."""
 MOST_BARS = 40
+MOST_MARKS = 9
+"""Below a histogram."""
 
 KINDS: Mapping[str, str] = {
     "busy": "the device was at work",
@@ -59,13 +60,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its axes; ``marks`` are (percent of the width, label) below it."""
+    """A drawing with its axes; ``marks`` below it are (percent of the width, label, whether narrow screens show it)."""
 
     title: str
     note: str
     drawing: Markup
     top: str
-    marks: Sequence[tuple[float, str]]
+    marks: Sequence[tuple[float, str, bool]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Report:
     no_advice: str
     overview: Sequence[Chart]
     overview_table: Table | None
+    slice_s: float
     replicas: Sequence[Replica]
     replicas_left_out: int
     replicas_table: Table | None
@@ -191,6 +193,7 @@ def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Repo
         no_advice="" if advice else _no_advice(log),
         overview=_overview_charts(overview, tokens, at),
         overview_table=_slices_table("All replicas over time", overview, at, tokens),
+        slice_s=at[1] - at[0] if at else 0.0,
         replicas=[
             _replica(index, process, by_process[process], process_shares[process], at)
             for index, process in enumerate(shown)
@@ -240,8 +243,8 @@ def _shares_chart(shares: TimeShares) -> Chart | None:
     marks, left = [], 0.0
     for kind, value in parts:
         share = value / shares.total
-        if share >= 0.12:
-            marks.append((100 * left, f"{kind} {percent(share)}"))
+        if share >= 0.08:
+            marks.append((100 * left, f"{kind} {percent(share)}", share >= 0.25))
         left += share
     return Chart("", "", drawing, "", marks)
 
@@ -291,9 +294,9 @@ def _shown(process_shares: Mapping[str, TimeShares]) -> list[str]:
     return [*ranked[:OF_MANY], *ranked[-OF_MANY:]]
 
 
-def _time_marks(at: Sequence[float]) -> list[tuple[float, str]]:
+def _time_marks(at: Sequence[float]) -> list[tuple[float, str, bool]]:
     length = at[-1] - at[0] if at else 0.0
-    return [(0.0, "0 s"), (50.0, seconds(length / 2)), (100.0, seconds(length))]
+    return [(0.0, "0 s", True), (50.0, seconds(length / 2), False), (100.0, seconds(length), True)]
 
 
 def _steps(
@@ -324,8 +327,8 @@ def _overview_charts(slices: Sequence[Slice], tokens: Sequence[float], at: Seque
     return [
         _steps("fb-all-u", "Utilisation", whose, [each.utilization for each in slices], at, percent, 1.0),
         _steps("fb-all-r", "Rows/s", whose, [each.rows_per_s for each in slices], at, number),
-        _steps("fb-all-t", "Tokens/s, chunks spread evenly", whose, tokens, at, number),
-        _steps("fb-all-n", "Replicas with an engine", whose, [each.replicas for each in slices], at, number),
+        _steps("fb-all-t", "Tokens/s", whose, tokens, at, number),
+        _steps("fb-all-n", "Replicas at work", whose, [each.replicas for each in slices], at, number),
     ]
 
 
@@ -435,8 +438,11 @@ def _histogram_chart(
         description=f"{plural(len(buckets), 'bar')} from {_bucket_name(buckets[0], say)} to "
         f"{_bucket_name(buckets[-1], say)} {what}; most in {_bucket_name(fullest, say)}.",
     )
-    places = sorted({0, len(buckets) // 2, len(buckets) - 1})
-    marks = [(100 * (index + 0.5) / len(buckets), say(buckets[index][1])) for index in places]
+    last, number_of = len(buckets) - 1, min(len(buckets), MOST_MARKS)
+    places = sorted({round(last * rank / max(1, number_of - 1)) for rank in range(number_of)})
+    marks = [
+        (100 * (index + 0.5) / len(buckets), say(buckets[index][1]), rank % 2 == 0) for rank, index in enumerate(places)
+    ]
     return Chart(title, note, drawing, count(top), marks)
 
 
@@ -533,7 +539,8 @@ def _chunk_chart(log: RunLog) -> Chart | None:
         description=f"{plural(len(durations), 'chunk')}; the middle one took {seconds(middle)}, the slowest "
         f"{seconds(max(duration for _, _, duration in durations))}.",
     )
-    return Chart("Seconds by start", f"middle {seconds(middle)}", drawing, seconds(top), _time_marks((0, log.seconds)))
+    note = f"middle {seconds(middle)}; a square took more than {STRAGGLER:g} times that"
+    return Chart("Duration, by start", note, drawing, seconds(top), _time_marks((0, log.seconds)))
 
 
 def _chunks_note(log: RunLog) -> str:
@@ -568,10 +575,10 @@ def _chunk_tables(log: RunLog) -> tuple[Table | None, Table | None]:
                 f"{number(duration / middle)} ×" if middle > 0 else "–",
                 log.engines[chunk.batcher].process if chunk.batcher in log.engines else "–",
             ]
-            for chunk, start, duration in durations[:SLOWEST]
+            for chunk, start, duration in durations
         ]
         headings = ("Chunk", "Rows", "Failures", "Began after", "Took", "Of the middle one", "Replica")
-        slowest = Table("The slowest chunks", headings, rows, frozenset({6}))
+        slowest = _table("Chunks, the slowest first", headings, rows, {6})
     broken = [[count(chunk.index), count(chunk.rows), chunk.error] for chunk in log.chunks if chunk.error]
     failed = _table("Chunks that failed", ("Chunk", "Rows", "Error"), broken, frozenset({2})) if broken else None
     return slowest, failed
