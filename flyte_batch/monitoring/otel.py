@@ -10,14 +10,18 @@ flyteplugins-otel's for Flyte's own (``flyte.run_name``); the rest is below ``fl
 
 from __future__ import annotations
 
+import atexit
+import logging
 import math
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from queue import SimpleQueue
 
 from opentelemetry import context as contexts
 from opentelemetry import metrics as metrics_api
@@ -32,12 +36,14 @@ from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import hooks, metrics, scope
 from flyte_batch.monitoring.events import (
     BatchDone,
+    BatchFormed,
     ChunkDone,
     ChunkFailed,
     ChunkReported,
     ChunkStarted,
     EngineDied,
     EngineLoaded,
+    EngineLoading,
     EngineStarted,
     Event,
     LoopBlocked,
@@ -50,10 +56,16 @@ from flyte_batch.monitoring.events import (
 )
 from flyte_batch.monitoring.metrics import Metric
 
+logger = logging.getLogger(__name__)
+
 Attributes = dict[str, AttributeValue]
 
 _MOST_OPEN = 1000
 """Chunks whose end never came, after which the oldest are ended."""
+_MOST_QUEUED = 10_000
+"""Events that wait for the thread, beyond which more are left out."""
+_CLOSING_S = 5.0
+"""How long `close` waits for the thread."""
 _MOST_LINKS = 64
 _MOST_EXCEPTIONS = 10
 """Failed records of a batch that are told of one by one."""
@@ -68,8 +80,7 @@ class OtelHook:
     HTTP client or the user's own code traces meanwhile nests in it. A chunk's parent is the span in which its worker
     was called: with flyteplugins-otel that of its Flyte task, whose parent is the run's.
 
-    Use a provider that exports on a thread of its own (`BatchSpanProcessor`, as flyteplugins-otel's): spans end on the
-    event loop.
+    Spans are made and metrics are counted on a thread, so that no batch waits for it.
 
     Args:
         tracer_provider: takes the spans; by default the global one, which may be set later.
@@ -111,9 +122,17 @@ class OtelHook:
         self._trace_source_before = scope.trace_source
         self._trace_source = lambda: trace.get_current_span().get_span_context()
         scope.trace_source = self._trace_source
+        self._events: SimpleQueue[tuple[Event, Context] | None] = SimpleQueue()
+        self._left_out = 0
+        self._thread = threading.Thread(target=self._work, name="flyte-batch-otel", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
 
     def close(self) -> None:
-        """End what is open; scopes know no spans any more. Flushing is the providers' affair."""
+        """Work off what was heard, and end what is open; scopes know no spans any more. Flush the providers then."""
+        atexit.unregister(self.close)
+        self._events.put(None)
+        self._thread.join(_CLOSING_S)
         if scope.trace_source is self._trace_source:
             scope.trace_source = self._trace_source_before
         self._metrics.close()
@@ -124,38 +143,71 @@ class OtelHook:
             self._runs.clear()
 
     def on_event(self, event: Event) -> None:
-        """Start, end or extend spans; count."""
-        with self._lock:
-            match event:
-                case BatchDone():
-                    self._batch_done(event)
-                case RecordsSubmitted():
-                    if event.scope in self._chunks:
-                        self._chunks[event.scope].batchers.add(event.batcher)
-                case RecordFailed():
-                    self._record_failed(event)
-                case ChunkStarted():
+        """Enter or leave the span of a run or chunk; what takes longer is left to a thread."""
+        match event:
+            case BatchFormed() | EngineLoading():
+                return
+            case ChunkStarted():
+                with self._lock:
                     self._chunk_started(event)
-                case ChunkDone():
-                    self._chunk_done(event)
-                case ChunkFailed():
-                    self._metrics.chunk_failed()
-                    self._end(self._chunks, event.scope, event.at, {}, event.error, event.message)
-                case EngineStarted():
-                    self._metrics.engine_started(event)
-                case EngineLoaded():
-                    self._engine_loaded(event)
-                case EngineDied():
-                    self._engine_died(event)
-                case LoopBlocked():
-                    self._loop_blocked(event)
-                case RunStarted():
+                return
+            case RunStarted():
+                with self._lock:
                     self._run_started(event)
-                case ChunkReported():
-                    self._chunk_reported(event)
-                case RunEnded():
-                    ended = {"flyte_batch.run.rows": event.rows, "flyte_batch.run.failures": event.failures}
-                    self._end(self._runs, event.scope, event.at, ended, event.error)
+                return
+            case ChunkDone() | ChunkFailed():
+                _leave(self._chunks.get(event.scope))
+            case RunEnded():
+                _leave(self._runs.get(event.scope))
+        if self._events.qsize() < _MOST_QUEUED:
+            self._events.put((event, contexts.get_current()))
+        else:
+            self._leave_out()
+
+    def _leave_out(self) -> None:
+        self._left_out += 1
+        if self._left_out == 1:
+            logger.warning("more happens than OpenTelemetry can be told: its spans and metrics miss some of it")
+
+    def _work(self) -> None:
+        has_failed = False
+        while (heard := self._events.get()) is not None:
+            try:
+                with self._lock:
+                    self._take(*heard)
+            except Exception:
+                if not has_failed:
+                    logger.warning("OpenTelemetry could not be told of something", exc_info=True)
+                has_failed = True
+
+    def _take(self, event: Event, context: Context) -> None:
+        """Extend or end spans, count. ``context`` is that in which the event happened."""
+        match event:
+            case BatchDone():
+                self._batch_done(event)
+            case RecordsSubmitted():
+                if event.scope in self._chunks:
+                    self._chunks[event.scope].batchers.add(event.batcher)
+            case RecordFailed():
+                self._record_failed(event)
+            case ChunkDone():
+                self._chunk_done(event)
+            case ChunkFailed():
+                self._metrics.chunk_failed()
+                self._end(self._chunks, event.scope, event.at, {}, event.error, event.message)
+            case EngineStarted():
+                self._metrics.engine_started(event)
+            case EngineLoaded():
+                self._engine_loaded(event, context)
+            case EngineDied():
+                self._engine_died(event)
+            case LoopBlocked():
+                self._loop_blocked(event)
+            case ChunkReported():
+                self._chunk_reported(event)
+            case RunEnded():
+                ended = {"flyte_batch.run.rows": event.rows, "flyte_batch.run.failures": event.failures}
+                self._end(self._runs, event.scope, event.at, ended, event.error)
 
     # -- Runs and chunks ---------------------------------------------------
 
@@ -204,7 +256,7 @@ class OtelHook:
         contexts.attach(trace.set_span_in_context(span, before))
         while len(table) >= _MOST_OPEN:
             table.pop(next(iter(table))).give_up()
-        opened = table[whose] = _Open(span, before)
+        opened = table[whose] = _Open(span, before, at)
         return opened
 
     def _end(
@@ -305,12 +357,13 @@ class OtelHook:
 
     # -- Engines and the event loop ----------------------------------------
 
-    def _engine_loaded(self, event: EngineLoaded) -> None:
+    def _engine_loaded(self, event: EngineLoaded, context: Context) -> None:
         """A span below the chunk for which it was loaded; with links to the others that waited for it."""
-        waiting = [opened.span for opened in self._chunks.values() if not opened.batchers]
+        opened = (each for each in self._chunks.values() if each.since <= event.at)
+        waiting = [each.span for each in opened if not each.batchers]
         span = self._tracer.start_span(
             "load",
-            trace.set_span_in_context(waiting[0], Context()) if waiting else contexts.get_current(),
+            trace.set_span_in_context(waiting[0], Context()) if waiting else context,
             attributes={"flyte_batch.engine.factory": event.name, "flyte_batch.replica": scope.process_name()},
             links=[Link(each.get_span_context()) for each in waiting[1:_MOST_LINKS]],
             start_time=_ns(event.at - event.seconds),
@@ -330,7 +383,8 @@ class OtelHook:
         self._metrics.loop_blocked(event)
         blocked: Attributes = {"flyte_batch.seconds": event.seconds, "flyte_batch.code": event.code}
         for opened in self._chunks.values():
-            opened.span.add_event("flyte_batch.loop.blocked", blocked, _ns(event.at))
+            if opened.since <= event.at:
+                opened.span.add_event("flyte_batch.loop.blocked", blocked, _ns(event.at))
 
 
 @dataclass(eq=False, slots=True)
@@ -339,6 +393,7 @@ class _Open:
 
     span: Span
     before: Context
+    since: float
     batchers: set[str] = field(default_factory=set)
     records: int = 0
     batches: int = 0
@@ -348,15 +403,21 @@ class _Open:
         if self.batches:
             self.span.set_attributes({"flyte_batch.records": self.records, "flyte_batch.batches": self.batches})
         self.span.end(_ns(at))
-        if trace.get_current_span() is self.span:
-            contexts.attach(self.before)
-        if self.propagation is not None:
-            self.propagation.__exit__(None, None, None)
 
     def give_up(self) -> None:
         """End it without having heard of its end; the task it was current in is elsewhere."""
         self.span.set_attribute("flyte_batch.unfinished", True)
-        self.span.end()
+        self.end(time.time())
+
+
+def _leave(opened: _Open | None) -> None:
+    """The task that this is called in is in the span no more."""
+    if opened is None:
+        return
+    if trace.get_current_span() is opened.span:
+        contexts.attach(opened.before)
+    if opened.propagation is not None:
+        opened.propagation.__exit__(None, None, None)
 
 
 @dataclass(eq=False, slots=True)

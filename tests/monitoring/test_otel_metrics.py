@@ -26,13 +26,17 @@ def in_prometheus(point: Point) -> str:
     return name + "_total" if point.is_counter else name
 
 
+class OnlyHere(fb.FakeEngine):
+    """Tells the batchers of a test from what others have left: metrics name the engine's class."""
+
+
 async def test_values_are_those_that_prometheus_gets() -> None:
     registry = CollectorRegistry()
     prometheus = PrometheusHook(registry)
     unsubscribe = hooks.subscribe(prometheus)
     try:
         with tracing() as (collector, _):
-            batcher = fb.EngineBatcher(fb.FakeEngine(poison={"p 3"}), isolate_failures=True, batch_timeout_s=0.01)
+            batcher = fb.EngineBatcher(OnlyHere(poison={"p 3"}), isolate_failures=True, batch_timeout_s=0.01)
             async with batcher:
                 chunk = new_scope("c", 0)
                 hooks.emit(events.ChunkStarted(time.time(), chunk, 10))
@@ -43,7 +47,7 @@ async def test_values_are_those_that_prometheus_gets() -> None:
                 hooks.emit(events.ChunkDone(time.time(), chunk, 11, 2, 70, 90, 0.3, {"RuntimeError": 1, "KeyError": 1}))
                 hooks.emit(events.ChunkFailed(time.time(), Scope(), "OSError", "disk", 0.1))
                 hooks.emit(events.LoopBlocked(time.time(), 2.5, "f"))
-            dead: Any = fb.EngineBatcher(fb.FakeEngine(dies_after=0), max_batch_size=1)
+            dead: Any = fb.EngineBatcher(OnlyHere(dies_after=0), max_batch_size=1)
             await dead.start()
             with pytest.raises((fb.EngineDead, fb.BatcherDied)):
                 await dead.map([dead.engine.prepare(fb.Prompt("p")), dead.engine.prepare(fb.Prompt("q"))])
@@ -93,7 +97,7 @@ async def test_the_time_of_the_device_is_told_by_state_and_the_queue_by_engine()
         await gate.wait()
         return text
 
-    engine = fb.FakeEngine(answer)
+    engine = OnlyHere(answer)
     batcher = fb.EngineBatcher(engine, max_batch_size=1, batch_timeout_s=0)
     await batcher.start()
     asking = asyncio.ensure_future(batcher.map([engine.prepare(fb.Prompt(f"p {i}")) for i in range(3)]))
@@ -108,7 +112,7 @@ async def test_the_time_of_the_device_is_told_by_state_and_the_queue_by_engine()
             if point.attributes.get("batcher") == batcher.id}  # fmt: skip
     assert set(mine) == {"busy", "starved", "assembling", "late"}
     assert mine["busy"] > 0
-    assert [point.value for point in collector.points if point.name == "flyte_batch.records_queued"] == [2]
+    assert [point.value for point in collector.metric("flyte_batch.records_queued", engine="OnlyHere")] == [2]
 
 
 async def test_the_latencies_of_a_large_batch_are_sampled_evenly() -> None:

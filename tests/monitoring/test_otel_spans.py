@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -15,14 +17,15 @@ import pytest
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra monitoring")
 
 from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from otlp_collector import Collector, Span, tracing
+from otlp_collector import Collector, Span, collecting, tracing
 
 import flyte_batch as fb
-from flyte_batch.monitoring import events, hooks, scope
+from flyte_batch.monitoring import events, hooks, otel, scope
 from flyte_batch.monitoring.otel import OtelHook
 from flyte_batch.monitoring.scope import new_scope, scope_entered
+from tests.helpers import ENVIRONMENT, ROOT
 
 
 def batcher_of(kind: str, **engine: Any) -> Any:
@@ -434,6 +437,94 @@ async def test_without_a_provider_nothing_is_traced_and_nothing_breaks() -> None
         hook.close()
     assert result.text == "echo: one"
     assert not trace.get_current_span().get_span_context().is_valid
+
+
+def a_batch(number: int) -> events.BatchDone:
+    share = events.Share(events.Scope(), 1, 0, 1.0, ((0.1, 1),))
+    return events.BatchDone(time.time(), "b", number, time.time(), 1, 0, 1.0, 1.0, False, (share,))
+
+
+class Held(SpanProcessor):
+    """Keeps whoever ends a span until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.ended: list[str] = []
+
+    def on_end(self, span: ReadableSpan) -> None:
+        assert self.go.wait(20)
+        self.ended.append(span.name)
+
+
+def test_a_provider_that_stands_still_holds_up_nobody_and_what_is_too_much_is_left_out_with_one_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(otel, "_MOST_QUEUED", 100)
+    held = Held()
+    provider = TracerProvider()
+    provider.add_span_processor(held)
+    hook = OtelHook(provider, sample_records=0)
+    for number in range(120):
+        hook.on_event(a_batch(number))
+    held.go.set()
+    hook.close()
+    assert held.ended.count("batch") in range(100, 103)
+    assert [record.message for record in caplog.records if record.name == "flyte_batch.monitoring.otel"] == [
+        "more happens than OpenTelemetry can be told: its spans and metrics miss some of it"
+    ]
+
+
+class Broken(SpanProcessor):
+    """Fails on the first spans that end."""
+
+    def __init__(self, failures: int) -> None:
+        self.left = failures
+        self.ended = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError("broken")
+        self.ended += 1
+
+
+def test_a_provider_that_fails_is_asked_again_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    broken = Broken(2)
+    provider = TracerProvider()
+    provider.add_span_processor(broken)
+    hook = OtelHook(provider, sample_records=0)
+    for number in range(5):
+        hook.on_event(a_batch(number))
+    hook.close()
+    assert broken.ended == 3
+    assert len([record for record in caplog.records if record.name == "flyte_batch.monitoring.otel"]) == 1
+
+
+LEFT_OPEN = """
+import time
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from flyte_batch.monitoring import events
+from flyte_batch.monitoring.otel import OtelHook
+
+provider = TracerProvider()
+provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter({url!r})))
+hook = OtelHook(provider, sample_records=0)
+chunk = events.Scope("run", "action", "chunk", 1)
+hook.on_event(events.ChunkStarted(time.time(), chunk, 1))
+share = events.Share(chunk, 1, 0, 1.0, ((0.1, 1),))
+hook.on_event(events.BatchDone(time.time(), "b", 1, time.time(), 1, 0, 1.0, 1.0, False, (share,)))
+"""
+
+
+def test_a_program_that_ends_without_closing_loses_nothing() -> None:
+    with collecting() as collector:
+        program = LEFT_OPEN.format(url=f"{collector.url}/v1/traces")
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
+    assert collector.path(collector.one("batch")) == ["chunk", "batch"]
+    assert collector.one("chunk").attributes["flyte_batch.records"] == 1
+    assert collector.one("chunk").attributes["flyte_batch.unfinished"] is True
 
 
 async def test_batchers_on_several_loops_can_be_told_of_at_once() -> None:
