@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "flyte_ui": {"monitoring", "report"},
     "fingerprint": set(),
     "singletons": {"guard", "monitoring", "replica"},
-    "load": {"batching", "cores", "data", "demo", "engines", "options", "pipeline", "prompts", "replica"},
+    "checklist": {"data", "load", "monitoring", "replica", "report"},
+    "load": {"batching", "cores", "data", "demo", "engines", "monitoring", "options", "pipeline", "prompts", "replica"},
     "cli": {
         "batching", "checklist", "data", "demo", "engines", "load", "monitoring", "options", "prompts", "report",
         "singletons",

@@ -3,7 +3,7 @@
 A comma-separated list; `flyte_batch.replica_environment` and `driver_environment` set it for their containers, a shell
 sets it for local runs:
 
-- ``logs``: a JSON line an event, on standard error.
+- ``logs``: a JSON line an event, on standard error; ``logs:debug`` also for submitted records and for batches.
 - ``prometheus``, ``prometheus:9464``, ``prometheus:0.0.0.0:9464``: metrics to be scraped, by default on loopback.
 - ``push:http://gateway:9091``: the same metrics, pushed to a Pushgateway.
 - ``otel``: spans and metrics through the global OpenTelemetry providers, such as those of ``flyteplugins-otel``.
@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import hooks
@@ -66,8 +67,8 @@ def attach_backends() -> None:
 def _attacher(name: str) -> Callable[[], None]:
     """What attaches a backend."""
     kind, _, rest = name.partition(":")
-    if kind == "logs" and not rest:
-        return _logs
+    if kind == "logs" and rest in ("", "debug"):
+        return lambda: _logs("debug" if rest else "info")
     if kind == "otel" and not rest:
         return _otel
     if kind == "prometheus":
@@ -79,15 +80,15 @@ def _attacher(name: str) -> Callable[[], None]:
     if kind == "push" and rest.startswith(("http://", "https://")):
         return lambda: _push(rest)
     raise BadInput(
-        f"monitoring: {name!r} is no backend; there are logs, otel, prometheus, prometheus:PORT, "
+        f"monitoring: {name!r} is no backend; there are logs, logs:debug, otel, prometheus, prometheus:PORT, "
         "prometheus:HOST:PORT and push:http://GATEWAY"
     )
 
 
-def _logs() -> None:
+def _logs(level: Literal["info", "debug"]) -> None:
     from flyte_batch.monitoring.json_logs import JsonLogs
 
-    hooks.subscribe(JsonLogs())
+    hooks.subscribe(JsonLogs(level=level))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -144,11 +144,18 @@ class TimeShares:
     tail: float = 0.0
 
     def __add__(self, other: TimeShares) -> TimeShares:
-        return TimeShares(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return TimeShares(
+            self.busy + other.busy,
+            self.loading + other.loading,
+            self.starved + other.starved,
+            self.assembling + other.assembling,
+            self.blocked + other.blocked,
+            self.tail + other.tail,
+        )
 
     @property
     def total(self) -> float:
-        return float(sum(astuple(self)))
+        return self.busy + self.loading + self.starved + self.assembling + self.blocked + self.tail
 
     @property
     def utilization(self) -> float:
@@ -301,6 +308,10 @@ class RunLog:
         last = engine.samples[-1].at if engine.samples else engine.loaded
         total = TimeShares(loading=max(0.0, first - engine.started), tail=max(0.0, end - last))
         stalls = [stall for process, stall in self.stalls if process == engine.process]
+        if not engine.samples:
+            return total
+        if not stalls:
+            return total + _between(engine.samples[0], engine.samples[-1], [])
         return total + sum((_between(*pair, stalls) for pair in itertools.pairwise(engine.samples)), TimeShares())
 
     @property
