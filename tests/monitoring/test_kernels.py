@@ -205,9 +205,9 @@ class TestTable:
 
     def test_without_a_gpu_operations_of_the_cpu_without_those_they_call(self, tmp_path: Path) -> None:
         events = [  # in no order, as in a trace; a second thread does its own at the same time
+            event("aten::t", 100, 10, "cpu_op"),  # begins with its caller
             event("aten::mm", 120, 700, "cpu_op"),
             event("aten::linear", 100, 800, "cpu_op"),
-            event("aten::t", 105, 10, "cpu_op"),
             event("aten::silu", 900, 100, "cpu_op"),  # begins where its neighbour ends
             event("aten::copy_", 150, 300, "cpu_op", thread=8),
             event("forward.py(7): run", 0, 5000, "python_function"),
@@ -228,6 +228,10 @@ class TestTable:
         table = kernel_table(*traces)
         assert table.seconds == pytest.approx(2.0)
         assert table.rows[0].calls == 4
+        traces = [
+            write(tmp_path / f"cpu{rank}.json", [event("aten::mm", rank * 1000, 100, "cpu_op")]) for rank in range(3)
+        ]
+        assert kernel_table(*traces).seconds == pytest.approx(300e-6)
 
     def test_operations_of_the_cpu_in_one_trace_do_not_mix_with_kernels_in_another(self, tmp_path: Path) -> None:
         cpu = write(tmp_path / "rank0.pt.trace.json", [event("aten::mm", 0, 900, "cpu_op")])
