@@ -62,7 +62,7 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
         so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {seconds(log.seconds)}"
         return f"{so_far}{failed}; {later}."
     if log.outcome != "done":
-        word = "Cancelled" if log.outcome == "cancelled" else "Failed"
+        word = "No word any more" if log.outcome == "unfinished" else status(log)
         kept = (
             f"with {count(log.rows)} of {plural(of_rows, 'row')} done, which are kept"
             if log.rows
@@ -82,8 +82,9 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
     """The numbers that matter, the most telling first; ``shares`` are the log's `RunLog.time_shares`."""
     share = log.failures / log.rows if log.rows else 0.0
     reused = f", {count(log.plan.rows_reused)} by earlier runs" if log.plan.rows_reused else ""
+    rows_note = f"of {count(log.plan.rows)}{reused}" if knows_times(log) else f"in {plural(log.plan.chunks, 'part')}"
     found = [
-        Figure("Rows", count(log.rows), f"of {count(log.plan.rows)}{reused}"),
+        Figure("Rows", count(log.rows), rows_note),
         Figure("Failures", count(log.failures), f"{percent(share)} of the rows done"),
     ]
     if knows_times(log):
