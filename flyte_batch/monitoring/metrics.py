@@ -161,7 +161,7 @@ GPU_UTILIZATION = _gauge(
     "gpu_utilization_ratio", "Share of the time in which a kernel ran on the GPU.", "gpu", "name", unit="ratio"
 )
 GPU_MEMORY_USED = _gauge("gpu_memory_used_bytes", "Memory of the GPU in use.", "gpu", "name", unit="bytes")
-GPU_MEMORY_TOTAL = _gauge("gpu_memory_size_bytes", "Memory of the GPU.", "gpu", "name", unit="bytes")
+GPU_MEMORY_SIZE = _gauge("gpu_memory_size_bytes", "Memory of the GPU.", "gpu", "name", unit="bytes")
 GPU_POWER = _gauge("gpu_power_watts", "Power that the GPU draws.", "gpu", "name", unit="watts")
 GPU_TEMPERATURE = _gauge("gpu_temperature_celsius", "Temperature of the GPU.", "gpu", "name", unit="celsius")
 GPU_ENERGY = _counter("gpu_energy_joules", "Energy that the GPU took.", "gpu", "name", unit="joules")

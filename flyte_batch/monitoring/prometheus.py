@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 from wsgiref.simple_server import WSGIServer
+from wsgiref.types import WSGIApplication
 
 from prometheus_client import REGISTRY, CollectorRegistry, push_to_gateway, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -55,7 +56,7 @@ _FROM_STATS: tuple[tuple[Metric, Labels, Callable[[Any], float]], ...] = (
 _FROM_GPUS: tuple[tuple[Metric, Callable[[Any], float | None]], ...] = (
     (metrics.GPU_UTILIZATION, lambda sample: sample.utilisation),
     (metrics.GPU_MEMORY_USED, lambda sample: sample.memory_used_bytes),
-    (metrics.GPU_MEMORY_TOTAL, lambda sample: sample.memory_total_bytes),
+    (metrics.GPU_MEMORY_SIZE, lambda sample: sample.memory_total_bytes),
     (metrics.GPU_POWER, lambda sample: sample.power_w),
     (metrics.GPU_TEMPERATURE, lambda sample: sample.temperature_c),
     (metrics.GPU_ENERGY, lambda sample: sample.energy_j),
@@ -445,7 +446,23 @@ def serve(port: int, host: str = "127.0.0.1", *, registry: CollectorRegistry = R
         server, thread = start_http_server(port, host, registry)
     except (OSError, OverflowError) as error:
         raise OSError(f"metrics can't be served at {host}:{port} ({error}): give another port, or 0 for any") from error
+    if (app := server.get_app()) is not None:
+        server.set_app(_text_only(app))
     return Server(server, thread)
+
+
+def _text_only(app: WSGIApplication) -> WSGIApplication:
+    """Answer in Prometheus' text format, whatever is asked for.
+
+    In OpenMetrics ``prometheus_client`` turns the colon of vLLM's names into an underscore, so that nobody's dashboard
+    finds them: https://github.com/prometheus/client_python/issues/1177
+    """
+
+    def answer(environment: dict[str, Any], start_response: Any) -> Any:
+        environment.pop("HTTP_ACCEPT", None)
+        return app(environment, start_response)
+
+    return answer
 
 
 class Pusher(_Closing):

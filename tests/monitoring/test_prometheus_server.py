@@ -69,7 +69,7 @@ async def test_a_real_server_sees_what_the_batcher_says(registry: Any, tmp_path:
         assert server.query("sum(flyte_batch_batch_records_count)")[labels()] == stats.total_batches
         assert server.query("flyte_batch_build_info") != {}
         kinds = {name: each[0]["type"] for name, each in server.get("/api/v1/metadata").items()}
-        assert kinds["flyte_batch_records"] == "counter"
+        assert kinds["flyte_batch_records_total"] == "counter"
         assert kinds["flyte_batch_records_queued"] == "gauge"
         assert kinds["flyte_batch_record_latency_seconds"] == "histogram"
 
@@ -102,6 +102,16 @@ def test_a_port_that_is_taken_is_named(registry: Any) -> None:
             serve(port, registry=registry)
     with pytest.raises(OSError, match="another port, or 0"):
         serve(70_000, registry=registry)
+
+
+def test_vllms_names_keep_their_colon_whatever_format_is_asked_for(registry: Any) -> None:
+    prometheus_client.Gauge("vllm:num_requests_running", "As vLLM has it.", registry=registry).set(3)
+    with serve(0, registry=registry) as ours:
+        wanted = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"}
+        request = urllib.request.Request(f"http://127.0.0.1:{ours.port}/metrics", headers=wanted)
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310  it is http
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            assert value(parsed(answer.read().decode()), "vllm:num_requests_running") == 3
 
 
 def test_without_a_registry_it_is_the_process_own(registry: Any) -> None:
