@@ -10,7 +10,7 @@ import pytest
 from virtual_time import in_virtual_time
 
 import flyte_batch as fb
-from flyte_batch.load import Limit, LoadResult, find_limit
+from flyte_batch.load import Limit, LoadResult, find_limit, run_load
 
 RECORDS = list(range(100))
 
@@ -62,6 +62,31 @@ def test_a_queue_that_rejects_breaks_by_availability_near_the_same_rate() -> Non
 
 def test_the_same_seed_gives_the_same_steps() -> None:
     assert limit_of(batches_of_ten(0.1), seed=3) == limit_of(batches_of_ten(0.1), seed=3)
+
+
+def test_each_step_has_arrivals_of_its_own() -> None:
+    """Of the same seed, twice the rate would be the same arrivals in half the time: no second opinion."""
+    seen: list[list[int]] = [[]]
+
+    async def note(record: int) -> None:
+        seen[-1].append(record)
+
+    in_virtual_time(find_limit(note, RECORDS, most_per_s=32, on_step=lambda step: seen.append([])))
+    assert len({tuple(step[10:60]) for step in seen[:3]}) == 3
+
+
+def test_a_rate_that_was_kept_above_one_that_was_not_does_not_count() -> None:
+    def step(rate: float, kept: bool) -> LoadResult:
+        async def answer(record: int) -> None:
+            if not kept:
+                raise ValueError
+
+        return in_virtual_time(run_load(answer, RECORDS, rate, 20))
+
+    limit = Limit.of([step(10, True), step(30, True), step(20, False), step(40, False)])
+    assert (limit.highest_kept_per_s, limit.lowest_broken_per_s) == (10, 20)
+    assert limit.highest_kept is limit.steps[0]
+    assert "ValueError" in limit.why
 
 
 def test_a_first_rate_that_is_too_high_is_halved_until_one_is_kept() -> None:
