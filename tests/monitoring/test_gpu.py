@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,9 @@ import pytest
 
 from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import gpu
+from flyte_batch.monitoring.details import gpu_use
 from flyte_batch.monitoring.gpu import GpuSampler, GpuTotal, GpuUse, gpu_totals
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ENVIRONMENT, ROOT, questions
 
 pynvml = pytest.importorskip("pynvml", reason="nvidia-ml-py comes with the extra 'monitoring'")
 
@@ -405,11 +407,11 @@ class TestMig:
         assert [sample.uuid for sample in start().latest()] == [INSTANCE]
 
 
-def run(program: str, **environment: str) -> str:
+def run(program: str, *arguments: str, **environment: str) -> str:
     """What a program prints in a process of its own, which finds NVML as every process does."""
     clean = {name: value for name, value in ENVIRONMENT.items() if name not in ("CUDA_VISIBLE_DEVICES", "FAKE_NVML")}
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         cwd=ROOT, env={**clean, **environment}, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     return done.stdout + done.stderr
@@ -452,3 +454,43 @@ class TestProcess:
 
     def test_importing_loads_no_library(self) -> None:
         assert "False" in run("import sys, flyte_batch.monitoring.gpu; print('pynvml' in sys.modules)")
+
+
+RUN = """
+import asyncio, sys
+import flyte_batch as fb
+
+@fb.singleton
+async def solver():
+    return fb.EngineBatcher(fb.FakeEngine(seconds_per_batch=0.1), target_batch_cost=2600)
+
+async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+    return await fb.infer(chunk, solver, prompt="{question}")
+
+summary = asyncio.run(fb.run(*sys.argv[1:], infer_chunk, chunk_size=10, replicas=1, concurrency=10))
+print(summary.seconds, summary.prompt_tokens + summary.response_tokens)
+"""
+
+
+def test_the_energy_of_a_run_is_power_times_its_seconds_however_many_chunks_share_them(
+    library: Path, tmp_path: Path
+) -> None:
+    machine = Machine(tmp_path / "gpus")
+    machine.add(FIRST, power_mw=100_000, utilisation=40, memory_utilisation=0)
+    machine.add(SECOND, power_mw=50_000, utilisation=0, memory_utilisation=0)
+    source, output = questions(tmp_path / "questions.jsonl", 100), tmp_path / "output"
+    printed = run(
+        RUN, source, str(output), LD_LIBRARY_PATH=str(library), FAKE_NVML=str(machine.path), FLYTE_BATCH_PROGRESS="off"
+    )
+    run_s, tokens = (float(value) for value in printed.split())
+    (log,) = json.loads((output / "_report.json").read_text())["runs"]
+    totals = gpu_totals(gpu_use(each) for each in log["gpus"])
+    for total, watts, utilisation in zip(totals, (100, 50), (0.4, 0), strict=True):
+        assert total.mean_power_w == pytest.approx(watts)
+        assert total.mean_utilisation == pytest.approx(utilisation)
+        assert 0.9 < total.seconds <= run_s  # ten batches of 0.1 s
+    page = (output / "_report.html").read_text()
+    found = re.search(r"([\d.,]+) Wh per million tokens", page)
+    assert found is not None
+    expected = (100 * totals[0].seconds + 50 * totals[1].seconds) / 3600 / tokens * 1e6
+    assert float(found[1].replace(",", "")) == pytest.approx(expected, rel=0.01)
