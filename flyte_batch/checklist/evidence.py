@@ -1,0 +1,143 @@
+"""What only a measurement can show: that a load test was passed, and what a run will cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from flyte_batch.checklist.findings import Finding
+from flyte_batch.checklist.workflow import Workflow
+from flyte_batch.errors import BadInput
+from flyte_batch.load.report import LoadReport, conclusions
+from flyte_batch.report.run_log import RunLog
+
+OLDEST_LOAD_TEST_DAYS = 30
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known beside the workflow.
+
+    Attributes:
+        load_test: of ``flyte batch load --output``.
+        run: the log of an earlier run.
+        model: that production runs use; None takes the default of the workflow's parameter ``model``.
+        rows: of a production run; None takes those of ``run``.
+        rows_per_s: that one replica answers a second; None takes what ``run`` measured.
+        price_per_hour: of one replica, in any currency; None takes that of ``run``.
+        now: the time.
+
+    Raises:
+        BadInput: a number that is not positive.
+    """
+
+    load_test: LoadReport | None = None
+    run: RunLog | None = None
+    model: str | None = None
+    rows: int | None = None
+    rows_per_s: float | None = None
+    price_per_hour: float | None = None
+    now: datetime | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "rows_per_s", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadInput(f"--{name} must be a positive number, got {value}")
+
+
+def check_load_test(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
+    test = evidence.load_test
+    if test is None:
+        remedy = "flyte batch load --output FILE, or workflows/load.py on a replica; then --load_test FILE"
+        yield Finding("load test.level", "", "missing", "no load test was shown", remedy)
+        return
+    said = conclusions(test)
+    if not test.is_kept:
+        yield Finding("load test.level", "", "missing", said[0], "faster replicas, a smaller model, or a lower level")
+    elif any(
+        not objective.is_shown for objective in (test.limit.highest_kept.objectives if test.limit.highest_kept else ())
+    ):
+        yield Finding("load test.level", "", "could not tell", " ".join(said[:2]))
+    else:
+        yield Finding("load test.level", "", "ok", said[0])
+    yield _age(test, evidence.now or datetime.now(UTC))
+    yield _model(workflow, test, evidence.model)
+    yield _hardware(workflow, test)
+
+
+def _age(test: LoadReport, now: datetime) -> Finding:
+    days = (now - datetime.fromisoformat(test.started_at)).total_seconds() / 86400
+    evidence = f"of {test.started_at[:10]}, {days:.0f} days old"
+    if days > OLDEST_LOAD_TEST_DAYS:
+        return Finding("load test.age", "", "missing", evidence, "make a new one: models, images and machines change")
+    return Finding("load test.age", "", "ok", evidence)
+
+
+def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
+    check, tested = "load test.model", test.test.choice.model
+    defaults = {task.inputs["model"] for task in workflow.entries if isinstance(task.inputs.get("model"), str)}
+    used = told or (str(next(iter(defaults))) if len(defaults) == 1 else None)
+    if used is None:
+        return Finding(check, "", "could not tell", f"{tested} was tested; which model runs is not said: give --model")
+    if used != tested:
+        return Finding(check, "", "missing", f"{tested} was tested, {used} is what runs", "test the model that runs")
+    return Finding(check, "", "ok", tested)
+
+
+def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
+    check = "load test.hardware"
+    gpus = {str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources}
+    _, on_gpu, tested = test.hardware.partition(", gpu ")
+    if on_gpu and tested not in gpus:
+        replicas = f"replicas have {', '.join(sorted(gpus))}" if gpus else "no replica has a GPU"
+        return Finding(check, "", "missing", f"tested on {tested}; {replicas}", "test on a replica: workflows/load.py")
+    if not on_gpu and gpus and test.test.choice.engine == "vllm":
+        return Finding(
+            check, "", "could not tell", f"tested on {test.hardware}; replicas have {', '.join(sorted(gpus))}"
+        )
+    return Finding(check, "", "ok", f"tested on {test.hardware}")
+
+
+def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
+    """Of the replicas' time at work: containers that start or stand idle, and the driver, are not in it."""
+    check, run = "cost.projection", evidence.run
+    rows = evidence.rows or (run.plan.rows if run else None)
+    rate = evidence.rows_per_s or (_measured(run) if run else None)
+    price = evidence.price_per_hour or (run.plan.price_per_hour if run else None)
+    lacking = [name for name, value in (("rows", rows), ("rows_per_s", rate), ("price_per_hour", price)) if not value]
+    if not rows or not rate or not price:
+        options = " ".join(f"--{name} N" for name in lacking)
+        evidence_said = (
+            "nothing was said of rows, speed and price" if len(lacking) == 3 else f"not known: {', '.join(lacking)}"
+        )
+        remedy = f"{options}, or --run OUTPUT of an earlier run with a price"
+        yield Finding(check, "", "missing", evidence_said, remedy)
+        return
+    hours = rows / rate / 3600
+    source = "measured" if run and not evidence.rows_per_s else "told"
+    yield Finding(
+        check, "", "ok",
+        f"{rows:,} rows at {rate:,.4g} rows/s a replica ({source}) are {_hours(hours)} of replicas: "
+        f"{hours * price:,.2f} at {price:,.4g} an hour, {1e6 * price / 3600 / rate:,.2f} a million rows",
+    )  # fmt: skip
+    for each in workflow.replicas:
+        assert each.pool is not None  # noqa: S101 - what makes it one of `replicas`
+        idle = each.pool.idle_ttl_s / 3600 * price
+        yield Finding(
+            "cost.time", each.name, "ok",
+            f"{_hours(hours / each.pool.most)} with all {each.pool.most}; standing idle after a run costs at most "
+            f"{idle * each.pool.most:,.2f} more",
+        )  # fmt: skip
+
+
+def _measured(run: RunLog) -> float | None:
+    """Rows that a replica of the run answered a second, its model's load and its tail included."""
+    seconds = run.replica_seconds
+    return run.rows_done / seconds if seconds > 0 and run.rows_done else None
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} min"
