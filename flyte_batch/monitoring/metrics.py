@@ -19,9 +19,9 @@ MOST_CAUSES = 20
 OTHER_CAUSES = "other"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Metric:
-    """One metric.
+    """One metric. Two are the same only if they are one object, which makes them quick to look up.
 
     Attributes:
         name: as Prometheus stores it, a histogram's without ``_bucket``.

@@ -13,7 +13,7 @@ import threading
 import weakref
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -69,13 +69,21 @@ class _Histogram:
     __slots__ = ("_bounds", "counts", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
+        self._bounds = tuple(map(float, bounds))  # of one type they compare quicker
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
-        self.counts[bisect_left(self._bounds, value)] += times
-        self.total += value * times
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def observe_all(self, values: Iterable[tuple[float, int]]) -> None:
+        """Each value so many times."""
+        bounds, counts, total = self._bounds, self.counts, self.total
+        for value, times in values:
+            counts[bisect_left(bounds, value)] += times
+            total += value * times
+        self.total = total
 
 
 class _Counts:
@@ -223,11 +231,8 @@ class PrometheusHook(Collector):
         counts.histogram(metrics.BATCH_FILL, engine).observe(event.fill)
         counts.histogram(metrics.BATCH_SECONDS, engine).observe(max(0.0, event.at - event.started_at))
         for share in event.shares:
-            observe = counts.histogram(
-                metrics.RECORD_LATENCY, engine, "chunk" if share.scope.chunk else "direct"
-            ).observe
-            for seconds, records in share.latencies:
-                observe(seconds, records)
+            caller = "chunk" if share.scope.chunk else "direct"
+            counts.histogram(metrics.RECORD_LATENCY, engine, caller).observe_all(share.latencies)
 
     def _record_failed(self, event: ev.RecordFailed) -> None:
         self._counts.add(metrics.RECORD_FAILURES, event.stage, self._cause(event.error))
