@@ -14,7 +14,7 @@ _SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("auth",
 _WHERE = {"file", "path", "dir"}
 _SECRET_VALUES = re.compile(
     r"""
-    (?<![A-Za-z0-9]) (?: sk- | hf_ | gh[pousr]_ | github_pat_ | glpat- | xox[abprs]- ) [\w-]{16,}   # OpenAI, Hugging Face, GitHub, ...
+    (?<![A-Za-z0-9]) (?: sk- | hf_ | gh[pousr]_ | github_pat_ | glpat- | xox[abprs]- ) [\w-]{16,}  # of known services
     | \b AKIA [0-9A-Z]{16} \b                                                      # AWS
     | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----
     | \b eyJ [\w-]{10,} \. [\w-]{10,} \. [\w-]{10,}                                # a JSON web token

@@ -161,5 +161,5 @@ def _notifications(task: Task, trigger: Trigger) -> Finding:
     silent = [phase for phase in ("failed", "timed_out") if phase not in trigger.phases]
     if not silent:
         return Finding(check, subject, "ok", f"somebody is told: {', '.join(trigger.phases)}")
-    remedy = "flyte.Trigger(..., notifications=flyte.notify.Slack(on_phase=(ActionPhase.FAILED, ActionPhase.TIMED_OUT), ...))"
+    remedy = "give the trigger notifications=notify.Slack(on_phase=(ActionPhase.FAILED, ActionPhase.TIMED_OUT), ...)"
     return Finding(check, subject, "missing", f"nobody is told of a run that {' or '.join(silent)}", remedy)

@@ -170,8 +170,8 @@ def _print(workflow: Workflow, findings: Sequence[Finding]) -> None:
     click.echo("\n" + ", ".join(f"{counts[status]} {status}" for status in get_args(Status) if counts[status]))
     lacking = Counter(each.check for each in findings if each.status == "missing")
     if lacking:
-        names = (f"{check} ({times} times)" if times > 1 else check for check, times in lacking.items())
-        _wrapped(f"missing: {', '.join(names)}", width, "", "  ")
+        said = ", ".join(f"{check} ({times} times)" if times > 1 else check for check, times in lacking.items())
+        _wrapped(f"missing: {said}", width, "", "  ")
 
 
 def _wrapped(text: str, width: int, first: str, others: str) -> None:
