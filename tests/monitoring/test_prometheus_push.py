@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import hooks
 from flyte_batch.monitoring.events import LoopBlocked
 from flyte_batch.monitoring.scope import process_name
+from tests.helpers import flyte_run, write_jsonl
 from tests.monitoring.tools import Series, free_port, parsed, until, value
 
 prometheus_client = pytest.importorskip("prometheus_client")
@@ -182,3 +185,32 @@ def test_a_url_that_is_none_is_refused_without_repeating_it(url: str, registry: 
 def test_a_time_between_pushes_must_be_positive(every_s: float, registry: Any) -> None:
     with pytest.raises(BadInput, match="every_s"):
         push("http://gateway:9091", every_s, registry=registry)
+
+
+def test_a_run_pushes_what_its_manifest_says(gateway: Gateway, tmp_path: Path) -> None:
+    rows = [{"id": i, "question": None if i % 10 == 3 else f"question {i}"} for i in range(50)]
+    output = tmp_path / "out"
+    run = flyte_run(
+        "generate.py", "--source", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", str(output),
+        "--engine", "fake", "--chunk_size", "20", FLYTE_BATCH_MONITORING=f"push:http://{gateway.address}",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    manifest = json.loads((output / "_manifest.json").read_text())
+    series = gateway.pushes[-1][3]
+
+    def told(name: str, **labels: str) -> float | None:
+        return value(series, f"flyte_batch_{name}", **labels)
+
+    totals = manifest["totals"]
+    assert (totals["rows"], totals["failures"]) == (50, 5)
+    assert told("rows_total", outcome="ok") == told("records_total", engine="FakeEngine", outcome="ok") == 45
+    assert told("rows_total", outcome="failed") == 5
+    assert told("row_failures_total", cause="BadRecord") == totals["causes"]["BadRecord"] == 5
+    assert told("record_failures_total", stage="prepare", cause="BadRecord") == 5
+    assert told("tokens_total", kind="prompt") == totals["prompt_tokens"] > 0
+    assert told("tokens_total", kind="response") == totals["response_tokens"] > 0
+    assert told("chunks_total", outcome="done") == len(manifest["parts"]) == 3
+    assert [told(f"run_rows{kind}") for kind in ("", "_done", "_failed")] == [50, 50, 5]
+    assert told("runs_total", outcome="done") == 1
+    assert [told(name) for name in ("runs_running", "chunks_running", "engines_loading")] == [0, 0, 0]
+    assert told("record_latency_seconds_count", engine="FakeEngine", caller="chunk") == 45
