@@ -10,10 +10,9 @@ import pytest
 
 pytest.importorskip("flyteplugins.otel", reason="needs the extra monitoring")
 
-from otlp_collector import collecting, tracing
-
 import flyte_batch as fb
 from tests.helpers import ENVIRONMENT, FLYTE, ROOT, questions
+from tests.monitoring.otlp_collector import collecting, tracing
 
 WORKFLOW = """
 import flyte_batch as fb

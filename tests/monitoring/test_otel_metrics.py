@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra monitoring")
 
-from otlp_collector import Point, tracing
 from prometheus_client import CollectorRegistry
 
 import flyte_batch as fb
@@ -18,6 +17,7 @@ from flyte_batch.monitoring import events, hooks, metrics
 from flyte_batch.monitoring.events import Scope, Share
 from flyte_batch.monitoring.prometheus import PrometheusHook
 from flyte_batch.monitoring.scope import new_scope, scope_entered
+from tests.monitoring.otlp_collector import Point, tracing
 
 
 def in_prometheus(point: Point) -> str:

@@ -19,13 +19,13 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the 
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from otlp_collector import Collector, Span, collecting, tracing
 
 import flyte_batch as fb
 from flyte_batch.monitoring import events, hooks, otel, scope
 from flyte_batch.monitoring.otel import OtelHook
 from flyte_batch.monitoring.scope import new_scope, scope_entered
 from tests.helpers import ENVIRONMENT, ROOT
+from tests.monitoring.otlp_collector import Collector, Span, collecting, tracing
 
 
 def batcher_of(kind: str, **engine: Any) -> Any:
