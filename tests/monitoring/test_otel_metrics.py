@@ -10,11 +10,14 @@ import pytest
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the extra monitoring")
 
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
 
 import flyte_batch as fb
 from flyte_batch.monitoring import events, hooks, metrics
 from flyte_batch.monitoring.events import Scope, Share
+from flyte_batch.monitoring.otel import OtelHook
 from flyte_batch.monitoring.prometheus import PrometheusHook
 from flyte_batch.monitoring.scope import new_scope, scope_entered
 from tests.monitoring.otlp_collector import Point, tracing
@@ -125,3 +128,52 @@ async def test_the_latencies_of_a_large_batch_are_sampled_evenly() -> None:
     assert latency.value / latency.count == pytest.approx(20.5, abs=1)
     (records,) = collector.metric("flyte_batch.records", outcome="ok")
     assert records.value == 400
+
+
+async def test_a_batcher_that_started_before_anybody_listened_is_known_by_its_engine() -> None:
+    async with fb.EngineBatcher(OnlyHere()) as batcher:
+        with tracing() as (collector, _):
+            await batcher.map([batcher.engine.prepare(fb.Prompt("p"))])
+    (records,) = collector.metric("flyte_batch.records", engine="OnlyHere")
+    assert records.value == 1
+
+
+class Told:
+    """A batcher that says what a test wants."""
+
+    id, engine_name, is_running = "told", "Told", True
+
+    def __init__(self) -> None:
+        self.stats = fb.BatchStats(busy_time_s=5.0)
+
+    def stats_source(self) -> fb.BatchStats:
+        return self.stats
+
+
+def test_the_device_time_never_falls_when_busy_seconds_turn_out_to_have_been_late_ones_and_ends_with_the_hook() -> None:
+    def busy() -> list[float]:
+        found = reader.get_metrics_data()
+        return [
+            point.value
+            for resource in (found.resource_metrics if found else ())
+            for library in resource.scope_metrics
+            for metric in library.metrics
+            if metric.name == "flyte_batch.device"
+            for point in metric.data.data_points
+            if point.attributes == {"engine": "Told", "state": "busy", "batcher": "told"}
+        ]
+
+    reader = InMemoryMetricReader()
+    hook = OtelHook(meter_provider=MeterProvider([reader]))
+    batcher = Told()
+    hooks.register_batcher(batcher)
+    try:
+        assert busy() == [5.0]
+        batcher.stats = fb.BatchStats(busy_time_s=4.0, late_time_s=1.0)
+        assert busy() == [5.0]
+        batcher.stats = fb.BatchStats(busy_time_s=6.0, late_time_s=1.0)
+        assert busy() == [6.0]
+    finally:
+        hook.close()
+    batcher.stats = fb.BatchStats(busy_time_s=9.0)
+    assert busy() in ([], [6.0])
