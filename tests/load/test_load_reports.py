@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -112,6 +113,13 @@ async def test_an_engine_with_continuous_batching_gets_a_continuous_batcher_and_
             assert isinstance(batcher, kind)
             with pytest.raises(fb.QueueFull):
                 await batcher.submit_batch([engine.prepare(fb.Prompt("x"))] * 5)
+
+
+async def test_callers_progress_alike() -> None:
+    engine = fb.FakeEngine()
+    async with InteractiveBatching(max_batch_size=4).batcher(engine, fb.SamplingParameters(max_tokens=4)) as batcher:
+        await asyncio.gather(*(batcher.map([engine.prepare(fb.Prompt(caller))] * 8) for caller in "ab"))
+    assert sorted(engine.batches[1]) == ["a", "a", "b", "b"]
 
 
 def test_callers_share_batches_of_the_size_that_was_asked_for() -> None:

@@ -76,6 +76,11 @@ def test_a_p99_takes_299_requests_to_show(requests: int, shown: bool) -> None:
     assert (objective.is_kept, objective.is_shown, objective.requests_needed) == (True, shown, 299)
 
 
+def test_a_slow_request_takes_more_of_them_to_show_a_p99() -> None:
+    assert not latency_objective("p99", 0.99, 2000, [*[1.0] * 298, 2000.0]).is_shown
+    assert latency_objective("p99", 0.99, 2000, [*[1.0] * 480, 2000.0]).is_shown
+
+
 def test_objectives_are_strict() -> None:
     assert not latency_objective("p50", 0.5, 500, [500.0]).is_kept
     assert not share_objective("errors", 0.001, 1, 1000).is_kept
