@@ -1,0 +1,84 @@
+"""Timelines: their sums are those of the counters and chunks, however they are cut."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyte_batch.monitoring.details import Sample
+from flyte_batch.report.run_log import ChunkEntry, EngineLog
+from flyte_batch.report.timelines import MOST_SLICES, edges, timeline, token_rates
+
+
+def engine(samples: list[Sample], process: str = "one") -> EngineLog:
+    return EngineLog(process, process, "FakeEngine", samples[0].at - 1, samples[0].at, samples[-1].at, samples)
+
+
+STEP = st.tuples(st.floats(0.01, 50), st.floats(0, 1), st.integers(0, 1000), st.integers(0, 9), st.floats(0, 1))
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> EngineLog:
+    at, busy, starved, done, batches, fill = draw(st.floats(0, 100)), 0.0, 0.0, 0, 0, 0.0
+    samples = [Sample(at, 0, 0, 0, 0, 0, 0, 0, 0, 0)]
+    for seconds, share, rows, calls, full in draw(st.lists(STEP, min_size=1, max_size=30)):
+        at, busy, starved = at + seconds, busy + share * seconds, starved + (1 - share) * seconds
+        done, batches, fill = done + rows, batches + calls, fill + calls * full
+        samples.append(Sample(at, busy, starved, 0, 0, done, batches, fill, rows, 0))
+    return engine(samples, draw(st.sampled_from(["one", "two"])))
+
+
+@given(st.lists(engines(), max_size=3), st.integers(1, 60))
+def test_slices_add_up_to_what_the_engines_counted(logs: list[EngineLog], most: int) -> None:
+    end = max((log.samples[-1].at for log in logs), default=1.0)
+    at = edges(-1.0, end, most)
+    slices = timeline(logs, at)
+    assert len(slices) == len(at) - 1 <= most
+    rows = sum((each.rows_per_s or 0.0) * (each.end - each.start) for each in slices)
+    assert rows == pytest.approx(sum(log.samples[-1].completed for log in logs), rel=1e-6, abs=1e-6)
+    busy = 0.0
+    for each in slices:
+        covered = sum(max(0.0, min(each.end, log.samples[-1].at) - max(each.start, log.samples[0].at)) for log in logs)
+        assert (each.utilization is None) == (each.replicas == 0)
+        assert each.utilization is None or 0 <= each.utilization <= 1
+        assert each.fill is None or -1e-9 <= each.fill <= 1 + 1e-9
+        busy += (each.utilization or 0.0) * covered
+    assert busy == pytest.approx(sum(log.samples[-1].busy_s for log in logs), rel=1e-6, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50), st.integers(0, 10**6)), max_size=20), st.floats(0.5, 60))
+def test_token_rates_add_up_to_the_chunks_tokens(chunks: list[tuple[float, float, int]], length: float) -> None:
+    at = edges(0.0, length)
+    entries = [ChunkEntry(0, 1, 0, tokens, 0, "b", start, start + took) for start, took, tokens in chunks]
+    rates = token_rates(entries, at)
+    total = sum(rate * (end - start) for rate, (start, end) in zip(rates, itertools.pairwise(at), strict=True))
+    assert total == pytest.approx(sum(tokens for _, _, tokens in chunks), rel=1e-6, abs=1e-6)
+
+
+def test_a_chunks_tokens_are_spread_over_its_time() -> None:
+    entry = ChunkEntry(0, 10, 0, 60, 40, "b", started=2.0, ended=4.0)
+    assert token_rates([entry], [0, 1, 2, 3, 4]) == pytest.approx([0, 0, 50, 50])
+    assert token_rates([ChunkEntry(1, 10, 0, 0, 0, error="EngineDead")], [0, 1]) == [0]
+
+
+def test_where_a_replica_was_not_there_nothing_is_said() -> None:
+    samples = [Sample(10, 0, 0, 0, 0, 0, 0, 0, 0, 0), Sample(20, 8, 2, 0, 0, 50, 5, 4.0, 30, 8)]
+    before, during, after = timeline([engine(samples)], [0, 10, 20, 30])
+    assert (before.utilization, before.rows_per_s, before.queued, before.fill, before.replicas) == (None,) * 4 + (0,)
+    assert (during.utilization, during.rows_per_s, during.fill) == pytest.approx((0.8, 5.0, 0.8))
+    assert (during.replicas, after.replicas) == (1, 0)
+
+
+def test_engines_of_one_process_are_one_replica() -> None:
+    first = engine([Sample(0, 0, 0, 0, 0, 0, 0, 0, 0, 0), Sample(10, 5, 5, 0, 0, 10, 1, 1, 4, 0)])
+    second = engine([Sample(0, 0, 0, 0, 0, 0, 0, 0, 0, 0), Sample(10, 10, 0, 0, 0, 30, 1, 0, 6, 0)])
+    (both,) = timeline([first, second], [0, 10])
+    assert (both.replicas, both.utilization, both.rows_per_s, both.fill) == (1, 0.75, 4.0, 0.5)
+
+
+@pytest.mark.parametrize(("length", "slices"), [(0.0, 0), (0.2, 1), (3.0, 6), (1000.0, MOST_SLICES)])
+def test_slices_are_no_shorter_than_half_a_second_and_no_more_than_can_be_drawn(length: float, slices: int) -> None:
+    assert max(0, len(edges(5.0, 5.0 + length)) - 1) == slices
