@@ -6,6 +6,7 @@ import flyte
 import flyte.report
 
 from flyte_batch.monitoring import scope
+from flyte_batch.monitoring.backends import start_tracing
 from flyte_batch.report import keeper
 
 
@@ -26,7 +27,8 @@ async def publish(html: str) -> None:
 
 
 def connect() -> None:
-    """Let events carry the names of Flyte's actions, and reports appear in Flyte's UI."""
+    """Let events carry the names of Flyte's actions, reports appear in its UI, and tasks have spans if asked for."""
+    start_tracing()
     scope.action_source = action_names
     scope.action_context = flyte.custom_context
     keeper.publisher = publish

@@ -6,7 +6,8 @@ sets it for local runs:
 - ``logs``: a JSON line an event, on standard error; ``logs:debug`` also for submitted records and for batches.
 - ``prometheus``, ``prometheus:9464``, ``prometheus:0.0.0.0:9464``: metrics to be scraped, by default on loopback.
 - ``push:http://gateway:9091``: the same metrics, pushed to a Pushgateway.
-- ``otel``: spans and metrics through the global OpenTelemetry providers, such as those of ``flyteplugins-otel``.
+- ``otel``: spans and metrics through the global OpenTelemetry providers. Where the program has set none, they are those
+  of ``flyteplugins-otel`` and of OpenTelemetry's SDK, which send to ``OTEL_EXPORTER_OTLP_ENDPOINT``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from flyte_batch.monitoring import hooks
 VARIABLE = "FLYTE_BATCH_MONITORING"
 DEFAULT_PORT = 9464
 """Of OpenTelemetry's Prometheus exporter; nobody else's."""
+
+_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,17 @@ def check_backends(names: Sequence[str]) -> str:
     return ",".join(names)
 
 
+def start_tracing() -> None:
+    """If ``otel`` is named, let Flyte's tasks have spans; called before one begins, as its span is opened first."""
+    if "otel" not in _named():
+        return
+    try:
+        from flyteplugins import otel
+    except ImportError:
+        return  # `attach_backends` says so
+    otel.init(service_name=os.environ.get("OTEL_SERVICE_NAME", "flyte_batch"))
+
+
 def attach_backends() -> None:
     """Attach what the environment variable names, once a process; what can't be attached is a warning, no error."""
     global _attached
@@ -52,7 +66,7 @@ def attach_backends() -> None:
         if _attached:
             return
         _attached = True
-    for name in filter(None, (each.strip() for each in os.environ.get(VARIABLE, "").split(","))):
+    for name in _named():
         try:
             _attacher(name)()
         except ImportError as error:
@@ -62,6 +76,10 @@ def attach_backends() -> None:
             )  # fmt: skip
         except (BadInput, OSError) as error:
             logger.warning("monitoring: %s is off: %s", name.partition(":")[0], error)
+
+
+def _named() -> list[str]:
+    return [name for each in os.environ.get(VARIABLE, "").split(",") if (name := each.strip())]
 
 
 def _attacher(name: str) -> Callable[[], None]:
@@ -113,6 +131,14 @@ def _push(gateway: str) -> None:
 
 
 def _otel() -> None:
+    from opentelemetry import metrics
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+
     from flyte_batch.monitoring.otel import OtelHook
 
+    start_tracing()
+    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, _OTLP_ENDPOINTS)):
+        metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
     hooks.subscribe(OtelHook())
