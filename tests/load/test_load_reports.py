@@ -85,6 +85,14 @@ def test_a_prompt_that_the_engine_refuses_is_named_before_the_load(tmp_path: Pat
     assert engine.batches == []
 
 
+def test_a_source_that_cannot_be_read_is_found_before_the_model_loads() -> None:
+    async def solver() -> Any:
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(fb.BadInput, match=r"nope\.jsonl"):
+        in_virtual_time(measure(plan(source="nope.jsonl"), solver))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
