@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from flyte_batch.load.report import LoadReport, conclusions
 from flyte_batch.report.run_log import RunLog
 
 OLDEST_LOAD_TEST_DAYS = 30
+_GPU = re.compile(r"\d cores?, (.+)$")
+"""In what a load test says of its hardware."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
     check, tested = "load test.model", test.test.choice.model
     defaults = {task.inputs["model"] for task in workflow.entries if isinstance(task.inputs.get("model"), str)}
     used = told or (str(next(iter(defaults))) if len(defaults) == 1 else None)
+    if test.test.choice.engine == "fake":
+        return Finding(check, "", "missing", "the fake engine was tested, which only echoes", "test the real engine")
     if used is None:
         return Finding(check, "", "could not tell", f"{tested} was tested; which model runs is not said: give --model")
     if used != tested:
@@ -88,17 +93,20 @@ def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
 
 
 def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
-    check = "load test.hardware"
-    gpus = {str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources}
-    _, on_gpu, tested = test.hardware.partition(", gpu ")
-    if on_gpu and tested not in gpus:
-        replicas = f"replicas have {', '.join(sorted(gpus))}" if gpus else "no replica has a GPU"
-        return Finding(check, "", "missing", f"tested on {tested}; {replicas}", "test on a replica: workflows/load.py")
-    if not on_gpu and gpus and test.test.choice.engine == "vllm":
-        return Finding(
-            check, "", "could not tell", f"tested on {test.hardware}; replicas have {', '.join(sorted(gpus))}"
-        )
-    return Finding(check, "", "ok", f"tested on {test.hardware}")
+    check, remedy = "load test.hardware", "test on a replica: workflows/load.py"
+    gpus = sorted({str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources})
+    match = _GPU.search(test.hardware)
+    tested = match[1] if match else ""
+    evidence = f"tested on {test.hardware}; " + (f"replicas have {', '.join(gpus)}" if gpus else "no replica has a GPU")
+    devices = [gpu.partition(":")[0].split()[0] for gpu in gpus]
+    kinds = [device for device in devices if not device.isdecimal()]
+    if any(re.search(rf"\b{re.escape(kind)}\b", tested) for kind in kinds):
+        return Finding(check, "", "ok", evidence)
+    if tested and len(kinds) < len(devices):  # a number of GPUs of any kind
+        return Finding(check, "", "could not tell", evidence)
+    if tested or (gpus and test.test.choice.engine == "vllm"):
+        return Finding(check, "", "missing", evidence, remedy)
+    return Finding(check, "", "ok", evidence)
 
 
 def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:

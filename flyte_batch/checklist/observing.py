@@ -11,13 +11,13 @@ from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import backends
 
 _PACKAGES = {
-    "prometheus": "prometheus-client",
-    "push": "prometheus-client",
-    "otel": "opentelemetry-sdk",
-    "gpu": "nvidia-ml-py",
+    "prometheus": ["prometheus-client"],
+    "push": ["prometheus-client"],
+    "otel": ["flyteplugins-otel", "opentelemetry-exporter-otlp-proto-http"],
 }
 """What a backend imports."""
 
+_OTLP = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 _REACHABLE = 'monitoring=["prometheus:0.0.0.0:9464"], "push:http://GATEWAY" or "otel"'
 
@@ -52,18 +52,20 @@ def _backends(environment: Environment) -> Finding:
 
 def _image(environment: Environment) -> Finding:
     check, image = "monitoring.packages", environment.image
-    needed = sorted({_PACKAGES[kind] for name in _named(environment) if (kind := name.partition(":")[0]) in _PACKAGES})
+    needed = {package for name in _named(environment) for package in _PACKAGES.get(name.partition(":")[0], [])}
+    if environment.pool is not None and "gpu" in environment.resources:
+        needed.add("nvidia-ml-py")
     if not needed:
-        return Finding(check, environment.name, "not applicable", "no backend needs a package")
+        return Finding(check, environment.name, "not applicable", "neither a backend nor a GPU needs one")
     installed = " ".join(image.requirements).lower().replace("_", "-")
     if "flyte-batch[" in installed and "monitoring" in installed:
         return Finding(check, environment.name, "ok", "flyte-batch with the extra monitoring")
-    lacking = [name for name in needed if name not in installed]
+    lacking = [name for name in sorted(needed) if name not in installed]
     if not lacking:
-        return Finding(check, environment.name, "ok", ", ".join(needed))
+        return Finding(check, environment.name, "ok", ", ".join(sorted(needed)))
     if image.opaque:
         return Finding(check, environment.name, "could not tell", f"{', '.join(lacking)}: {image.opaque}")
-    remedy = "install them in the image: a backend without its package is off"
+    remedy = "install them in the image: without its package a backend is off, and a GPU tells nothing"
     return Finding(check, environment.name, "missing", f"not in the image: {', '.join(lacking)}", remedy)
 
 
@@ -80,14 +82,7 @@ def _reachable(environment: Environment) -> Finding:
         if host and not host.startswith(_LOOPBACK):
             return Finding(check, environment.name, "ok", f"scraped at {kinds['prometheus'].partition(':')[2]}")
     if "otel" in kinds:
-        target = next(
-            (
-                environment.env_vars[name]
-                for name in environment.env_vars
-                if name.startswith("OTEL_EXPORTER_OTLP") and "ENDPOINT" in name
-            ),
-            "",
-        )
+        target = next((environment.env_vars[name] for name in _OTLP if environment.env_vars.get(name)), "")
         if target:
             return Finding(check, environment.name, "ok", f"sent to {target}")
         evidence = "otel: where its exporter sends to is not said in the environment's variables"

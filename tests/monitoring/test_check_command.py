@@ -1,0 +1,97 @@
+"""`flyte batch check workflows/...` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ENVIRONMENT, FLYTE, ROOT
+
+
+def batch_check(*options: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [FLYTE, "batch", "check", *options],
+        cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def checks(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    assert run.returncode in (0, 1), run.stderr
+    found: list[dict[str, Any]] = json.loads(run.stdout)["checks"]
+    return found
+
+
+NOT_IN_A_FILE = {"load test.level", "cost.projection"}
+"""Missing until somebody shows them."""
+
+DEPENDS_ON_THE_CLUSTER = {
+    "monitoring.backends", "monitoring.packages", "monitoring.reachable", "monitoring.links", "errors.notifications",
+}  # fmt: skip
+"""Which backends, whom to tell: an example may leave it out."""
+
+
+@pytest.mark.parametrize(
+    ("workflow", "may_be_missing"),
+    [
+        ("generate", {"errors.max_failure_rate", "monitoring.report"}),
+        ("gsm8k", {"autoscaling.replicas", "limits.timeout", "errors.max_failure_rate", "monitoring.report"}),
+        ("nightly", {"deployment.schedule", "monitoring.report"}),
+    ],
+)
+def test_of_the_shipped_workflows_no_more_is_missing_than_is_known(workflow: str, may_be_missing: set[str]) -> None:
+    run = batch_check(f"workflows/{workflow}.py", "--json")
+    found = checks(run)
+    missing = {each["check"] for each in found if each["status"] == "missing"}
+    assert run.returncode == 1
+    assert missing >= NOT_IN_A_FILE
+    assert missing <= NOT_IN_A_FILE | DEPENDS_ON_THE_CLUSTER | may_be_missing
+    assert "could not tell" not in {each["status"] for each in found}
+    fine = {each["check"] for each in found if each["status"] == "ok"}
+    assert fine >= {"limits.retries", "limits.driver", "limits.resources", "deployment.images", "deployment.secrets"}
+
+
+def test_nightly_is_looked_through_to_the_replicas_that_answer() -> None:
+    found = checks(batch_check("workflows/nightly.py", "--json"))
+    pools = {each["subject"] for each in found if each["check"] == "autoscaling.concurrency"}
+    assert pools == {"generate-cpu", "generate-gpu"}
+    assert {each["subject"] for each in found if each["check"] == "errors.max_failure_rate"} == {"nightly.main"}
+    triggers = {each["subject"] for each in found if each["check"] == "deployment.schedule"}
+    assert triggers == {"nightly.main, trigger every-night"}
+
+
+def test_the_list_is_readable_and_without_colours_where_it_is_piped() -> None:
+    run = batch_check("workflows/generate.py", COLUMNS="80", NO_COLOR="")
+    assert run.returncode == 1
+    assert "\x1b" not in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    lines = run.stdout.splitlines()
+    assert [line for line in lines if line and not line.startswith(" ")][1:8] == [
+        "autoscaling", "limits", "monitoring", "errors", "load test", "cost", "deployment",
+    ]  # fmt: skip
+    assert "  ok              replicas, generate-cpu: 1 to 2 replicas" in lines
+
+
+def test_it_loads_files_as_flyte_run_does(tmp_path: Path) -> None:
+    """Modules beside the file, and those below the folder from which the command is given."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "shared.py").write_text('NAME = "pool"\n')
+    (tmp_path / "jobs" / "beside.py").write_text('IMAGE = "me/image:1"\n')
+    (tmp_path / "jobs" / "job.py").write_text(
+        "import flyte\nfrom shared import NAME\nfrom beside import IMAGE\n"
+        "env = flyte.TaskEnvironment(NAME, image=IMAGE)\n@env.task\nasync def main(): ...\n"
+    )
+    found = checks(batch_check("jobs/job.py", "--json", folder=tmp_path))
+    assert {each["subject"] for each in found if each["check"] == "deployment.images"} == {"pool"}
+
+
+def test_a_file_that_can_t_be_loaded_is_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import flyte\nflyte.nothing_of_that_name\n")
+    run = batch_check("broken.py", folder=tmp_path)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert "broken.py can't be loaded: AttributeError" in run.stderr
+    assert "Traceback" not in run.stderr
