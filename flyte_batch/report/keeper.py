@@ -97,7 +97,7 @@ class ReportKeeper:
             started = time.monotonic()
             await self._report()
             took = time.monotonic() - started
-            wait = max(self._every_s, took * (1 / MOST_SHARE - 1))
+            wait = pause_s(self._every_s, took)
 
     async def _report(self, last: bool = False) -> None:
         """Write and publish what is known now; what fails is one warning."""
@@ -116,6 +116,11 @@ class ReportKeeper:
         if not self._warned:
             self._warned = True
             logger.warning("the run's report is not up to date: %s", why)
+
+
+def pause_s(every_s: float, took_s: float) -> float:
+    """Seconds until the next report, if the last one took so long."""
+    return max(every_s, took_s * (1 / MOST_SHARE - 1))
 
 
 class _Files:

@@ -85,7 +85,7 @@ def make_log(
                     response_tokens=plan.chunk_rows * 10,
                     batcher=batcher,
                     started=start,
-                    ended=start + (last - first) / chunks,
+                    ended=first + (last - first) * (index + 1) / chunks,
                 )
             )
         log.count(rows, 0, rows * 20, rows * 10, {}, {24: rows}, {12: rows})

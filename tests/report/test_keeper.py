@@ -1,0 +1,247 @@
+"""The keeper: a report while the run goes on and at its end, and never at the run's cost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import fs as pafs
+
+from flyte_batch.data import storage
+from flyte_batch.data.storage import Location
+from flyte_batch.report import keeper
+from flyte_batch.report.keeper import LOG_FILE, MOST_RUNS, PAGE_FILE, ReportKeeper, pause_s
+from flyte_batch.report.run_log import RunLog, logs_from_json, logs_to_json
+from tests.report.logs import STARTED, make_log
+from tests.report.parsing import parse
+
+
+class Shown:
+    """What was published."""
+
+    def __init__(self) -> None:
+        self.fragments: list[str] = []
+        self.one_more = asyncio.Event()
+
+    async def __call__(self, fragment: str) -> None:
+        self.fragments.append(fragment)
+        self.one_more.set()
+
+    async def wait(self) -> str:
+        await asyncio.wait_for(self.one_more.wait(), 20)
+        self.one_more.clear()
+        return self.fragments[-1]
+
+
+def kept(folder: Path) -> list[RunLog]:
+    return logs_from_json((folder / LOG_FILE).read_bytes())
+
+
+def running_log() -> RunLog:
+    return make_log(outcome="running", started=time.time() - 100, ended=0.0)
+
+
+def finish(log: RunLog) -> None:
+    log.outcome, log.ended = "done", time.time()
+
+
+async def test_at_the_end_log_page_and_fragment_tell_how_it_ended(tmp_path: Path) -> None:
+    log, shown = running_log(), Shown()
+    async with ReportKeeper(log, storage.locate(tmp_path), shown):
+        finish(log)
+    assert kept(tmp_path) == [log]
+    assert len(shown.fragments) == 1
+    for html in (*shown.fragments, (tmp_path / PAGE_FILE).read_text()):
+        assert parse(html).all("h1")[0].text.startswith("8,000 of 8,000 rows answered")
+
+
+async def test_while_the_run_goes_on_the_log_is_written_and_the_fragment_published(tmp_path: Path) -> None:
+    log, shown = running_log(), Shown()
+    async with ReportKeeper(log, storage.locate(tmp_path), shown, every_s=0.01):
+        assert "8,000 of 8,000 rows done" in await shown.wait()
+        assert abs(log.ended - time.time()) < 60
+        assert kept(tmp_path)[0].outcome == "running"
+        assert not (tmp_path / PAGE_FILE).exists()
+        log.count(1000, 0, 0, 0, {}, {}, {})
+        while "9,000" not in await shown.wait():
+            pass
+        finish(log)
+    assert kept(tmp_path) == [log]
+
+
+@pytest.mark.parametrize(("took_s", "wait_s"), [(0.0, 10.0), (0.5, 10.0), (1.0, 19.0), (60.0, 1140.0)])
+def test_reports_take_a_twentieth_of_the_time_at_most(took_s: float, wait_s: float) -> None:
+    assert pause_s(10.0, took_s) == pytest.approx(wait_s)
+
+
+async def test_the_module_publishes_for_keepers_that_are_given_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, log = Shown(), running_log()
+    monkeypatch.setattr(keeper, "publisher", shown)
+    async with ReportKeeper(log, storage.locate(tmp_path)):
+        finish(log)
+    assert len(shown.fragments) == 1
+
+
+async def test_earlier_runs_are_kept_without_what_only_their_report_needs(tmp_path: Path) -> None:
+    earlier = []
+    for index in range(MOST_RUNS + 5):
+        log = make_log(started=STARTED + index)
+        engine = log.engines["batcher-0"]
+        engine.samples.insert(1, engine.samples[0])
+        earlier.append(log)
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json(earlier))
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path)):
+        finish(log)
+    logs = kept(tmp_path)
+    assert [each.started for each in logs[:-1]] == [STARTED + index for index in range(6, MOST_RUNS + 5)]
+    assert logs[-1] == log
+    assert len(logs) == MOST_RUNS
+    assert logs[0].time_shares() == make_log().time_shares()
+    assert len(logs[0].engines["batcher-0"].samples) == 2
+
+
+async def test_a_broken_log_of_earlier_runs_is_a_warning_and_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / LOG_FILE).write_text("{")
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path)):
+        finish(log)
+    assert kept(tmp_path) == [log]
+    assert "what earlier runs left" in caplog.text
+
+
+async def test_whatever_fails_is_one_warning_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shown = Shown()
+
+    async def broken(fragment: str) -> None:
+        await shown(fragment)
+        raise RuntimeError("no UI today")
+
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path), broken, every_s=0.01):
+        for _ in range(3):
+            await shown.wait()
+        finish(log)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the run's report is not up to date: RuntimeError: no UI today"
+    ]
+    assert kept(tmp_path) == [log]
+
+
+async def test_a_folder_that_takes_no_files_costs_the_run_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path / "missing")):
+        finish(log)
+    assert "not up to date" in caplog.text
+    assert log.outcome == "done"
+
+
+class _Hanging:
+    """A store that is away, until it is let go."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.go = threading.Event()
+
+    def location(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
+        write = storage.write_atomically
+
+        def hang(location: Location, data: bytes) -> None:
+            self.asked.set()
+            self.go.wait(60)
+            write(location, data)
+
+        monkeypatch.setattr(storage, "write_atomically", hang)
+        return Location(pafs.LocalFileSystem(), str(folder))
+
+
+async def test_a_store_that_is_away_delays_the_end_no_longer_than_the_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hanging, log = _Hanging(), running_log()
+    folder = hanging.location(tmp_path, monkeypatch)
+    try:
+        async with ReportKeeper(log, folder, every_s=0.01, patience_s=0.1):
+            await asyncio.to_thread(hanging.asked.wait, 20)
+            finish(log)
+        assert caplog.messages == ["the run's report is not up to date: it was not written within 0.1 s"]
+        assert not (tmp_path / LOG_FILE).exists()
+    finally:
+        hanging.go.set()
+
+
+async def test_a_log_that_was_held_up_never_replaces_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging, log = _Hanging(), running_log()
+    folder = hanging.location(tmp_path, monkeypatch)
+    async with ReportKeeper(log, folder, every_s=0.01):
+        await asyncio.to_thread(hanging.asked.wait, 20)
+        finish(log)
+        hanging.go.set()
+    assert kept(tmp_path) == [log]
+    assert (tmp_path / PAGE_FILE).exists()
+
+
+async def test_a_cancelled_run_has_its_report_too(tmp_path: Path) -> None:
+    log, inside = running_log(), asyncio.Event()
+
+    async def work() -> None:
+        async with ReportKeeper(log, storage.locate(tmp_path)):
+            inside.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                log.outcome, log.ended, log.error = "cancelled", time.time(), "CancelledError"
+
+    task = asyncio.create_task(work())
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert kept(tmp_path) == [log]
+    assert "Cancelled after" in (tmp_path / PAGE_FILE).read_text()
+
+
+async def test_an_error_of_the_body_passes_through(tmp_path: Path) -> None:
+    log = running_log()
+
+    async def work() -> None:
+        async with ReportKeeper(log, storage.locate(tmp_path)):
+            log.outcome, log.ended = "failed", time.time()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await work()
+    assert kept(tmp_path) == [log]
+
+
+async def test_a_log_that_grows_while_a_thread_reads_it_does_no_harm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, shown = running_log(), Shown()
+    other = make_log(replicas=1).engines["batcher-0"]
+    async with ReportKeeper(log, storage.locate(tmp_path), shown, every_s=0.001):
+        for number in range(400):
+            log.engines[f"more-{number}"] = other
+            log.causes[f"cause-{number}"] = 1
+            log.chunks.append(log.chunks[0])
+            await asyncio.sleep(0.001)
+        finish(log)
+    assert caplog.records == []
+    assert len(kept(tmp_path)[0].chunks) == 80 + 400
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_caught(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="flyte_batch")

@@ -1,0 +1,214 @@
+"""``flyte batch report``, and the report of a real run: its numbers are the output's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+
+import flyte_batch as fb
+from flyte_batch.cli.report import command
+from flyte_batch.data.manifest import MANIFEST_FILE
+from flyte_batch.report.keeper import LOG_FILE, PAGE_FILE
+from flyte_batch.report.left_behind import SILENT_S
+from flyte_batch.report.run_log import logs_from_json, logs_to_json
+from flyte_batch.singletons import close_all
+from tests.helpers import ENVIRONMENT, FLYTE, ROOT, write_jsonl
+from tests.report.logs import make_log
+from tests.report.parsing import Element, parse
+
+ROWS = 300
+POISON = {17, 120, 299}
+
+
+@fb.singleton
+async def solver() -> Any:
+    def respond(text: str) -> str:
+        if "poison" in text:
+            raise fb.BadRecord(f"can't answer {text!r}")
+        return text.upper()
+
+    return fb.EngineBatcher(fb.FakeEngine(respond), max_batch_size=32)
+
+
+async def answer(chunk: fb.Chunk) -> fb.ChunkReport:
+    return await fb.infer(chunk, solver, prompt="{question}")
+
+
+def source(folder: Path) -> str:
+    texts = ["poison <b>" if n in POISON else f"question {n}" for n in range(ROWS)]
+    return write_jsonl(folder / "in.jsonl", [{"id": n, "question": text} for n, text in enumerate(texts)])
+
+
+async def run(folder: Path, **options: Any) -> Path:
+    output = folder / "out"
+    try:
+        await fb.run(source(folder), str(output), answer, chunk_size=50, progress="off", **options)
+    finally:
+        await close_all()
+    return output
+
+
+def report(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def figures(output: Path) -> dict[str, Any]:
+    result = report(output, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def page(output: Path) -> Element:
+    return parse((output / PAGE_FILE).read_text())
+
+
+async def test_the_sums_of_a_run_are_the_same_in_report_manifest_and_rows(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    rows = pq.read_table(output).to_pylist()
+    manifest = json.loads((output / MANIFEST_FILE).read_text())["totals"]
+    causes = Counter(row["error"].partition(":")[0] for row in rows if row["error"])
+    sums = {
+        "rows": len(rows), "failures": sum(causes.values()), "causes": dict(causes),
+        "prompt_tokens": sum(row["prompt_tokens"] or 0 for row in rows),
+        "response_tokens": sum(row["response_tokens"] or 0 for row in rows),
+    }  # fmt: skip
+    assert sums["failures"] == len(POISON)
+    told = figures(output)
+    assert {name: told[name] for name in sums} == {name: manifest[name] for name in sums} == sums
+    root = page(output)
+    assert root.figures()["Rows"][0] == f"{ROWS}"
+    assert root.figures()["Failures"][0] == "3"
+    assert root.table("Failed rows by cause")[1:] == [["BadRecord", "3", "1.0%"]]
+    assert {int(row[0]) for row in root.table("Failed rows of this run, for example")[1:]} <= POISON
+    lengths = Counter(row["response_tokens"] for row in rows if not row["error"])
+    assert sum(int(row[1]) for row in root.table("Response lengths")[1:]) == sum(lengths.values())
+    assert sum(int(row[1]) for row in root.table("Latencies")[1:]) == ROWS
+    chunks = root.table("Chunks, the slowest first")[1:]
+    assert [sum(int(row[column]) for row in chunks) for column in (1, 2)] == [ROWS, 3]
+    samples = [each.text for each in root.all("article")[0].all("dd")]
+    assert samples == ["question 0", "0", "QUESTION 0"]
+
+
+async def test_the_page_made_again_is_the_page_that_the_run_left(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    left = (output / PAGE_FILE).read_text()
+    result = report(output)
+    assert result.exit_code == 0, result.output
+    assert (output / PAGE_FILE).read_text() == left
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("Done: 297 of 300 rows answered in ")
+    assert lines[1] == "rows 300 (of 300); failures 3 (1.0% of the rows done)"
+    assert lines[-1] == f"report: {output / PAGE_FILE}"
+
+
+async def test_a_resumed_run_counts_all_rows_and_lists_the_run_before(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    for part in sorted(output.glob("part-*.parquet"))[:2]:
+        part.unlink()
+    await run(tmp_path)
+    told = figures(output)
+    assert (told["rows"], told["rows_of_this_run"], told["failures"]) == (ROWS, 100, 3)
+    root = page(output)
+    assert root.figures()["Rows"] == ("300", "of 300, 200 by earlier runs")
+    assert [row[3] for row in root.table("Earlier runs over this output")[1:]] == ["300"]
+
+
+async def test_a_failed_run_leaves_a_report_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(fb.TooManyFailures):
+        await run(tmp_path, max_failure_rate=0.001)
+    output = tmp_path / "out"
+    told = figures(output)
+    assert told["outcome"] == "failed"
+    assert told["error"].startswith("TooManyFailures: ")
+    assert page(output).all("pre")[0].text == told["error"]
+
+
+async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    (output / LOG_FILE).unlink()
+    result = report(output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Done: 297 of 300 rows in the parts have a response; 3 rows failed.")
+    assert page(output).table("Failed rows by cause")[1:] == [["BadRecord", "3", "1.0%"]]
+    (output / MANIFEST_FILE).unlink()
+    sorted(output.glob("part-*.parquet"))[0].unlink()
+    told = figures(output)
+    assert (told["outcome"], told["rows"], told["failures"], told["seconds"]) == ("unfinished", 250, 2, None)
+    assert "the output is not finished" in page(output).all("h1")[0].text
+    assert page(output).by_id("fb-content").table("Parameters")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"format_version": 99, "runs": []}', b'{"format_version": 1, "runs": [{}]}']
+)
+async def test_a_broken_log_is_told_and_the_parts_are_used(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = await run(tmp_path)
+    (output / LOG_FILE).write_bytes(content)
+    assert figures(output)["rows"] == ROWS
+    assert f"{output / LOG_FILE} can't be understood" in caplog.text
+    assert (output / LOG_FILE).read_bytes() == content
+
+
+def test_a_run_that_is_silent_for_long_is_not_said_to_be_running(tmp_path: Path) -> None:
+    for silent_s, outcome in ((1.0, "running"), (SILENT_S + 60, "unfinished")):
+        ended = time.time() - silent_s
+        log = make_log(outcome="running", started=ended - 50, ended=ended)
+        (tmp_path / LOG_FILE).write_bytes(logs_to_json([log]))
+        assert figures(tmp_path)["outcome"] == outcome
+    assert page(tmp_path).all("h1")[0].text.startswith("No word any more after 50 s, with 8,000 of 8,000 rows done")
+
+
+def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
+    result = report(tmp_path, "--html", tmp_path / "other.html")
+    assert result.exit_code == 0, result.output
+    assert parse((tmp_path / "other.html").read_text()).all("h1")
+    assert not (tmp_path / PAGE_FILE).exists()
+    assert logs_from_json((tmp_path / LOG_FILE).read_bytes()) == [make_log()]
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("missing", "missing is not there"),
+        ("file", "file is a file, no folder"),
+        ("empty", "empty is no output"),
+        ("ftp://x/y", "ftp://x/y"),
+    ],
+)
+def test_what_is_no_output_is_refused_in_one_line(tmp_path: Path, given: str, complaint: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    result = report(given if "://" in given else tmp_path / given)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_page_that_can_not_be_written_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
+    result = report(tmp_path, "--html", tmp_path / "no" / "such" / "page.html")
+    assert result.exit_code == 1
+    assert "name another file with --html" in result.stderr
+
+
+def test_it_is_a_command_of_flyte(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
+    done = subprocess.run(
+        [FLYTE, "batch", "report", str(tmp_path)],
+        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8,000 of 8,000 rows answered" in done.stdout
