@@ -19,23 +19,11 @@ import flyte_batch as fb
 from flyte_batch.monitoring import events as ev
 from flyte_batch.monitoring import gpu, hooks, metrics
 from flyte_batch.monitoring.grafana import ROWS, UID, dashboard
-from tests.monitoring.tools import Prometheus, prometheus, promtool, until
+from tests.monitoring.tools import VLLM_METRICS, Prometheus, prometheus, promtool, until
 
 PANELS = [panel for _, section in ROWS for panel in section]
 EXPRESSIONS = [query.expression for panel in PANELS for query in panel.queries]
 NAME = re.compile(r"\b(?:flyte_batch_\w+|vllm:\w+)")
-
-VLLM = {
-    "vllm:num_requests_running": "gauge",
-    "vllm:num_requests_waiting": "gauge",
-    "vllm:kv_cache_usage_perc": "gauge",
-    "vllm:prompt_tokens_total": "counter",
-    "vllm:generation_tokens_total": "counter",
-    "vllm:num_preemptions_total": "counter",
-    "vllm:prefix_cache_queries_total": "counter",
-    "vllm:prefix_cache_hits_total": "counter",
-}
-"""What vLLM 0.32 calls its metrics."""
 
 
 def filled(expression: str, window: str = "5m") -> str:
@@ -54,7 +42,7 @@ def labels_of(name: str) -> set[str] | None:
             series = {metric.name: set()}
         if name in series:
             return {*metric.labels, "job", "instance", *series[name]}
-    return {"job", "instance"} if name in VLLM else None
+    return {"job", "instance"} if name in VLLM_METRICS else None
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -148,7 +136,7 @@ class Vllm:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         self.scrapes += 1
-        for name, kind in VLLM.items():
+        for name, kind in VLLM_METRICS.items():
             family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
             yield family(name, "As vLLM has it.", value=self.scrapes)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +16,11 @@ from flyte_batch.monitoring import hooks
 from flyte_batch.monitoring.events import LoopBlocked
 from flyte_batch.monitoring.scope import process_name
 from tests.helpers import flyte_run, write_jsonl
-from tests.monitoring.tools import Series, free_port, parsed, until, value
+from tests.monitoring.tools import Gateway, Series, free_port, until, value
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
 from flyte_batch.monitoring.prometheus import PrometheusHook, push  # noqa: E402
-
-
-class Gateway(ThreadingHTTPServer):
-    """Takes pushes as a Pushgateway does.
-
-    Attributes:
-        pushes: method, path, authorisation and metrics of each.
-        status: that it answers.
-    """
-
-    def __init__(self, port: int = 0) -> None:
-        self.pushes: list[tuple[str, str, str | None, Series]] = []
-        self.status = 200
-        super().__init__(("127.0.0.1", port), _Taker)
-        self._thread = threading.Thread(target=self.serve_forever)
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server_port}"
-
-    def close(self) -> None:
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
-
-
-class _Taker(BaseHTTPRequestHandler):
-    server: Gateway
-
-    def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.pushes.append((self.command, self.path, self.headers["Authorization"], parsed(body)))
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture

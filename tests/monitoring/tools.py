@@ -6,22 +6,39 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.helpers import ROOT
 
+prometheus_client = pytest.importorskip("prometheus_client")
+
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+VLLM_METRICS = {
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:prompt_tokens_total": "counter",
+    "vllm:generation_tokens_total": "counter",
+    "vllm:num_preemptions_total": "counter",
+    "vllm:prefix_cache_queries_total": "counter",
+    "vllm:prefix_cache_hits_total": "counter",
+}
+"""What vLLM calls the metrics that the dashboard shows."""
 
 
 def find_tool(name: str) -> str:
@@ -42,9 +59,9 @@ def parsed(text: str) -> Series:
     }
 
 
-def scraped(registry: CollectorRegistry) -> Series:
+def scraped(registry: Any) -> Series:
     """What a scrape of a registry tells."""
-    return parsed(generate_latest(registry).decode())
+    return parsed(prometheus_client.generate_latest(registry).decode())
 
 
 def value(series: Series, name: str, /, **labels: str) -> float | None:
@@ -135,3 +152,41 @@ def prometheus(folder: Path, *ports: int) -> Iterator[Prometheus]:
     finally:
         server.terminate()
         server.wait(30)
+
+
+class Gateway(ThreadingHTTPServer):
+    """Takes pushes as a Pushgateway does.
+
+    Attributes:
+        pushes: method, path, authorisation and metrics of each.
+        status: that it answers.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.pushes: list[tuple[str, str, str | None, Series]] = []
+        self.status = 200
+        super().__init__(("127.0.0.1", port), _Taker)
+        self._thread = threading.Thread(target=self.serve_forever)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+class _Taker(BaseHTTPRequestHandler):
+    server: Gateway
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.pushes.append((self.command, self.path, self.headers["Authorization"], parsed(body)))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
