@@ -51,7 +51,7 @@ def status(log: RunLog) -> str:
 def sentence(log: RunLog, shares: TimeShares) -> str:
     """What came of the run; ``shares`` are its `RunLog.time_shares`."""
     answered, of_rows = log.rows - log.failures, log.plan.rows
-    failed = f"; {plural(log.failures, 'row')} failed" if log.failures else ", none failed"
+    failed = f"; {plural(log.failures, 'row')} failed" if log.failures else "; none failed"
     if not knows_times(log):
         rest = "" if log.outcome == "done" else ", and the output is not finished"
         return f"{count(answered)} of {plural(log.rows, 'row')} in the parts have a response{failed}{rest}."

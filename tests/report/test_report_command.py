@@ -50,7 +50,8 @@ def source(folder: Path) -> str:
 async def run(folder: Path, **options: Any) -> Path:
     output = folder / "out"
     try:
-        await fb.run(source(folder), str(output), answer, chunk_size=50, progress="off", **options)
+        settings = {"prompt": "{question}"}
+        await fb.run(source(folder), str(output), answer, settings=settings, chunk_size=50, progress="off", **options)
     finally:
         await close_all()
     return output

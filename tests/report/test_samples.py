@@ -22,7 +22,7 @@ from tests.report.logs import make_log
 def write_output(
     folder: Path, rows: list[dict[str, Any]], per_chunk: int = 4, failed: frozenset[int] = frozenset()
 ) -> list[Chunk]:
-    """An output of four rows a chunk, without a manifest; each row is answered with its number, those of ``failed`` fail."""
+    """An output of four rows a chunk, without a manifest; rows are answered with their number, or fail."""
     folder.mkdir(parents=True)
     source = folder.parent / f"{folder.name}.parquet"
     pq.write_table(pa.Table.from_pylist(rows), source)
