@@ -251,8 +251,7 @@ class OtelHook:
 
     def _start(self, name: str, table: dict[Scope, _Open], whose: Scope, at: float, attributes: Attributes) -> _Open:
         before = contexts.get_current()
-        parent = _below(whose.trace) if isinstance(whose.trace, SpanContext) and whose.trace.is_valid else before
-        span = self._tracer.start_span(name, parent, attributes=_of_flyte(whose) | attributes, start_time=_ns(at))
+        span = self._tracer.start_span(name, before, attributes=_of_flyte(whose) | attributes, start_time=_ns(at))
         contexts.attach(trace.set_span_in_context(span, before))
         while len(table) >= _MOST_OPEN:
             table.pop(next(iter(table))).give_up()
@@ -305,8 +304,6 @@ class OtelHook:
         shares = [share for request in own for share in request.shares]
         sampled = [(share, latency) for share in shares for latency in self._sample.of(share)]
         main = max(own, key=lambda request: request.records)
-        if main.span.is_valid and not main.span.trace_flags.sampled:
-            return
         if main.opened is not None and main.opened.batches > self._batches_per_chunk and not sampled:
             return
         links = [request.link() for request in islice(chain(own, others), _MOST_LINKS) if request.span.is_valid]

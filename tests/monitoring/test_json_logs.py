@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import pytest
@@ -35,7 +36,7 @@ ONE_OF_EACH: list[events.Event] = [
     events.BatchDone(1.0, "b", 1, 0.5, 2, 0, 3.0, 0.5, False, (Share(ANNA, 2, 0, 3.0, ((0.5, 2),)),)),
     events.RecordFailed(1.0, ANNA, "infer", "BadRecord", "too long", "b"),
     events.ChunkStarted(1.0, ANNA, 2),
-    events.ChunkDone(1.0, ANNA, 2, 1, 10, 20, 0.5, {"BadRecord": 1}),
+    events.ChunkDone(1.0, ANNA, 2, 1, 10, 20, 0.5, MappingProxyType({"BadRecord": 1})),
     events.ChunkFailed(1.0, ANNA, "EngineDead", "gone", 0.5),
     events.EngineLoading(1.0, "solver"),
     events.EngineLoaded(1.0, "solver", 0.5),

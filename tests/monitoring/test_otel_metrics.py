@@ -52,8 +52,9 @@ async def test_values_are_those_that_prometheus_gets() -> None:
                 hooks.emit(events.LoopBlocked(time.time(), 2.5, "f"))
             dead: Any = fb.EngineBatcher(OnlyHere(dies_after=0), max_batch_size=1)
             await dead.start()
-            with pytest.raises((fb.EngineDead, fb.BatcherDied)):
-                await dead.map([dead.engine.prepare(fb.Prompt("p")), dead.engine.prepare(fb.Prompt("q"))])
+            texts = ("dies with it", "waits")
+            lost = await dead.map([dead.engine.prepare(fb.Prompt(text)) for text in texts], return_exceptions=True)
+            assert [type(error) for error in lost] == [fb.EngineDead, fb.BatcherDied]
             await dead.stop()
     finally:
         unsubscribe()

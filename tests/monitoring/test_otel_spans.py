@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -176,6 +176,17 @@ async def test_records_outside_of_chunks_are_their_callers() -> None:
     assert len(collector.named("record")) == 3
 
 
+async def test_records_of_two_runs_that_are_in_no_trace_are_a_batch_each(runs: dict[str, tuple[str, str]]) -> None:
+    runs.update(anna=("run-anna", "a"), bob=("run-bob", "b"))
+    with tracing() as (collector, _):
+        async with batcher_of("static") as batcher, asyncio.TaskGroup() as group:
+            for name, count in (("anna", 3), ("bob", 2)):
+                group.create_task(answer(batcher, [f"{name} {i}" for i in range(count)]), name=name)
+    found = {span.attributes["flyte.run_name"]: span.attributes["flyte_batch.records"]
+             for span in collector.named("batch")}  # fmt: skip
+    assert found == {"run-anna": 3, "run-bob": 2}
+
+
 async def test_what_the_callers_own_code_traces_in_a_chunk_nests_in_it_and_what_comes_after_does_not() -> None:
     with tracing() as (collector, provider):
         tracer = provider.get_tracer("own")
@@ -203,6 +214,8 @@ async def test_failed_records_are_exceptions_on_their_batch_and_a_batch_of_only_
                    for name in ("mixed", "lost"))  # fmt: skip
     batches = [span for span in collector.named("batch") if span.parent_id == mixed.span_id]
     assert total(batches, "flyte_batch.failed") == 4
+    for each in batches:
+        assert each.failed is (each.attributes["flyte_batch.failed"] == each.attributes["flyte_batch.records"])
     exceptions = [event for batch in batches for event in batch.events]
     assert [event.name for event in exceptions] == ["exception"] * 4
     assert {event.attributes["exception.type"] for event in exceptions} == {"BadRecord"}
@@ -322,6 +335,26 @@ async def test_a_run_without_flyte_is_the_root_of_its_chunks() -> None:
     }  # fmt: skip
     roots = [chunk for chunk in collector.named("chunk") if not chunk.parent_id]
     assert [chunk.attributes["flyte_batch.chunk.id"] for chunk in roots] == ["of nobody"]
+
+
+async def test_actions_know_the_runs_span_from_its_start_to_its_end_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, str] = {}
+
+    @contextmanager
+    def action_context(**texts: str) -> Iterator[None]:
+        known.update(texts)
+        yield
+        known.clear()
+
+    monkeypatch.setattr(scope, "action_context", action_context)
+    with tracing() as (collector, _):
+        started, ended = run_events(new_scope())
+        hooks.emit(started)
+        during = dict(known)
+        hooks.emit(ended)
+    run = collector.one("run")
+    assert during["traceparent"].split("-")[1:3] == [run.trace_id, run.span_id]
+    assert known == {}
 
 
 async def test_a_run_that_gives_up_has_failed() -> None:
