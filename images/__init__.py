@@ -28,11 +28,18 @@ COMMON = (
     "unionai-reuse==0.2.0",  # what a reused container starts; 0.2 wants flyte < 2.15
     "async-lru==2.4.0",  # singletons
     "pyarrow==26.0.1",  # sources and parts
-    "jinja2==3.1.6",  # chat templates
+    "jinja2==3.1.6",  # chat templates, reports
+    "click==8.5.1",  # these two come with Flyte
+    "rich==15.0.0",
     "tokenizers==0.23.3",
     "huggingface-hub==2.4.0",  # models by id
     "hf-xet==1.8.0",  # the hub's downloader. From 1.8 on its buffers fit the container; before, up to 64 GB
     "datasets==5.2.0",  # datasets by id
+    # Monitoring: metrics to scrape or push; spans and metrics over OTLP.
+    "prometheus-client==0.26.0",
+    "flyteplugins-otel==2.12.1",  # moves with Flyte
+    "opentelemetry-sdk==1.45.2",
+    "opentelemetry-exporter-otlp-proto-http==1.45.2",
 )
 
 cpu_image = (
@@ -62,6 +69,7 @@ vllm_image = (
         "flyteplugins-vllm==2.12.1",  # weights from object storage, streamed to the GPU; moves with Flyte
         "pillow==13.0.0",  # pictures in prompts
         "jsonschema==4.26.0",  # answers that must fit a schema
+        "nvidia-ml-py==13.615.71",  # the report's GPU figures; vLLM's own copy can't be imported by others
     )
     .with_env_vars(
         {

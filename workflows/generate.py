@@ -8,7 +8,7 @@ Finds what is wrong with its input before a model loads, shows progress, survive
 again: finished chunks are kept), and leaves Parquet parts with a manifest. Without ``--local`` it runs on the cluster
 of your Flyte configuration, with paths that its containers can reach: vLLM on GPU replicas, all else on CPU replicas.
 Which GPU, and how many of them at most, say the environment variables ``FLYTE_BATCH_GPU`` and ``FLYTE_BATCH_REPLICAS``
-of the shell that submits the run.
+of the shell that submits the run; ``FLYTE_BATCH_MONITORING`` says who hears of it (docs/monitoring.md).
 """
 
 from __future__ import annotations
@@ -30,20 +30,29 @@ from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
 REPLICAS = int(os.environ.get("FLYTE_BATCH_REPLICAS", "4"))
+MONITORING = os.environ.get("FLYTE_BATCH_MONITORING", "logs").split(",")
 
 # At once, a retry may land on the very replica that is about to end.
 RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
 
 cpu_replicas = fb.replica_environment(
-    "generate-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4
+    "generate-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=(1, 2), concurrency=4, monitoring=MONITORING
 )
 gpu_replicas = fb.replica_environment(
-    "generate-gpu", image=vllm_image, gpu=GPU, cpu=4, memory="24Gi", replicas=(1, REPLICAS), concurrency=10
+    "generate-gpu",
+    image=vllm_image,
+    gpu=GPU,
+    cpu=4,
+    memory="24Gi",
+    replicas=(1, REPLICAS),
+    concurrency=10,
+    monitoring=MONITORING,
 )
 driver = fb.driver_environment(
     "generate",
     image=cpu_image,
     depends_on=[cpu_replicas, gpu_replicas],
+    monitoring=MONITORING,
     # The driver imports this file again, and asks for the replicas.
     env_vars={"FLYTE_BATCH_GPU": GPU, "FLYTE_BATCH_REPLICAS": str(REPLICAS)},
 )
@@ -158,7 +167,7 @@ async def wake_gpu(job: str) -> None:
     await wake(job)
 
 
-@driver.task
+@driver.task(report=True)
 async def main(
     source: str,
     output: str,
@@ -184,6 +193,7 @@ async def main(
     retry_failures: bool = False,
     overwrite: bool = False,
     warm_up: bool = False,
+    price_per_hour: float | None = None,
 ) -> fb.RunSummary:
     """Answer every row of a dataset.
 
@@ -215,6 +225,7 @@ async def main(
         overwrite: replace an output that was made with another model, prompt or parameter.
         warm_up: on a cluster, let replicas load the model while the source is still opened and planned: before its
             faults are found, and also if it turns out that nothing is left to do.
+        price_per_hour: of one replica, in any currency, for the report.
 
     Returns:
         Rows, failures, tokens, seconds, utilization and the output's path.
@@ -271,4 +282,5 @@ async def main(
             max_failure_rate=max_failure_rate,
             retry_failures=retry_failures,
             overwrite=overwrite,
+            price_per_hour=price_per_hour,
         )

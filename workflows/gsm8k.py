@@ -34,6 +34,8 @@ GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
 # At once, a retry may land on the very replica that is about to end.
 RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
 
+TIMEOUT = timedelta(hours=1)
+
 cpu_replicas = fb.replica_environment("gsm8k-cpu", image=cpu_image, cpu=2, memory="4Gi", replicas=2, concurrency=10)
 gpu_replicas = fb.replica_environment(
     "gsm8k-gpu",
@@ -100,13 +102,13 @@ async def solve(questions: list[str], choice: EngineChoice, max_tokens: int) -> 
     return Solved(answers, stats.utilization, stats.avg_in_flight)
 
 
-@cpu_replicas.task(retries=RETRIES)
+@cpu_replicas.task(retries=RETRIES, timeout=TIMEOUT)
 async def infer_batch(questions: list[str], choice: EngineChoice, max_tokens: int) -> Solved:
     """`solve` on a CPU replica."""
     return await solve(questions, choice, max_tokens)
 
 
-@gpu_replicas.task(retries=RETRIES)
+@gpu_replicas.task(retries=RETRIES, timeout=TIMEOUT)
 async def infer_batch_on_gpu(questions: list[str], choice: EngineChoice, max_tokens: int) -> Solved:
     """`solve` on a GPU replica."""
     return await solve(questions, choice, max_tokens)

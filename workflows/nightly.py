@@ -21,7 +21,7 @@ driver = fb.driver_environment("nightly", image=cpu_image, depends_on=[generate.
 every_night = flyte.Trigger("every-night", flyte.Cron("0 2 * * *"), inputs={"trigger_time": flyte.TriggerTime})
 
 
-@driver.task(triggers=every_night)
+@driver.task(triggers=every_night, report=True, timeout=timedelta(hours=20))
 async def main(
     trigger_time: datetime,
     source: str = "s3://my-bucket/questions/{day}.jsonl",
