@@ -27,6 +27,8 @@ from flyte_batch.progress import texts
 from flyte_batch.progress.figures import Figures, Pace, Replica
 from flyte_batch.progress.terminal import is_terminal
 
+logger = logging.getLogger(__name__)
+
 FRAMES_PER_S = 4.0
 WIDEST = 100
 MOST_REPLICAS = 4
@@ -64,6 +66,8 @@ class LiveView:
 
     def __init__(self, out: TextIO, look: Callable[[], Moment]) -> None:
         self._look = look
+        self._frame: RenderableType = ""
+        self._has_failed = False
         self._console = Console(file=out, force_terminal=True, force_jupyter=False, markup=False, highlight=False)
         self._live = Live(
             console=self._console,
@@ -91,7 +95,13 @@ class LiveView:
         self._console.print(Text(line))
 
     def _render(self) -> RenderableType:
-        return Constrain(frame(self._look(), min(WIDEST, self._console.width)), WIDEST)
+        try:
+            self._frame = Constrain(frame(self._look(), min(WIDEST, self._console.width)), WIDEST)
+        except Exception:  # of a view: no reason to lose a run
+            if not self._has_failed:
+                self._has_failed = True
+                logger.warning("the view of the run's progress failed, and is tried again", exc_info=True)
+        return self._frame
 
 
 class _AboveProxy(FileProxy):
@@ -168,7 +178,7 @@ def frame(moment: Moment, width: int) -> RenderableType:
     if figures.shares.total > 0:
         where = texts.idle(figures.shares)
         grid.add_row("devices", f"busy {figures.shares.utilization:.0%}" + (f"; {where}" if where else ""))
-    if not moment.is_over:
+    if not moment.is_over and (moment.queues is not None or figures.replicas):
         queued, running = moment.queues or (figures.queued, figures.running)
         grid.add_row("queue", f"{queued:,} waiting, {running:,} on the devices")
     grid.add_row("failures", Text(texts.failures(figures), style="red" if figures.failures else ""))
@@ -191,6 +201,8 @@ def _bar(figures: Figures, width: int) -> RenderableType:
 
 def _speed(figures: Figures, pace: Pace, now: float) -> str:
     recent, elapsed = pace.recent_rate(now), pace.elapsed(now)
+    if not pace.rate(now):
+        return "no chunk has ended yet"
     text = f"{texts.rate(pace.rate(now))} rows/s"
     if recent is not None:
         text += f" (lately {texts.rate(recent)})"

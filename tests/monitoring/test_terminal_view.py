@@ -169,7 +169,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_it_shows_what_is_known_of_the_run(start: Start) -> None:
     run = start()
     run.wait_for("0/1,000 rows (0%)")
+    run.wait_for("speed     no chunk has ended yet")
     run.wait_for("time left not known yet")
+    run.wait_for("0 failed")
+    assert "queue" not in run.text  # nobody has told of any
     run.do("chunk('host-1', {'BadRecord': 2})", "chunk('host-2', {})", "chunk('host-1', {})", "chunk('host-2', {})")
     for text in (
         "400/1,000 rows (40%)",
@@ -317,6 +320,19 @@ def test_a_second_run_of_the_process_prints_lines_above_the_view(start: Start) -
     assert run.end() == 0
     assert "\n100/1,000 rows (10%), 10 rows/s, starting" in run.text
     assert sum(line.startswith("rows ") for line in run.text.splitlines()) == 1
+
+
+def test_a_view_that_fails_is_one_warning_and_costs_no_run(start: Start) -> None:
+    run = start()
+    run.do("chunk('host-1', {'BadRecord': 1})")
+    run.wait_for("1 failed")
+    run.do("view._live._look = None", "view._live._live.refresh()")
+    run.wait_for("the view of the run's progress failed")
+    run.do("view._live._live.refresh()", "print('still here')")
+    run.wait_for("still here")
+    assert run.end() == 0
+    assert run.text.count("the view of the run's progress failed") == 1
+    assert "100/1,000 rows" in run.text
 
 
 def test_a_forked_process_writes_to_the_terminal_itself(start: Start, tmp_path: Path) -> None:
