@@ -17,11 +17,9 @@ from flyte_batch.load.generator import LoadResult
 from flyte_batch.load.levels import ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
-from flyte_batch.load.report import LoadReport, conclusions, prepare_output, write_report
+from flyte_batch.load.report import TABLE_HEADER, LoadReport, conclusions, prepare_output, table_row, write_report
 from flyte_batch.records import Completion
 from flyte_batch.singletons import close_all, singleton
-
-_HEADER = ("rate/s", "p50 ms", "p99 ms", "errors", "avail.")
 
 
 @click.command("load")
@@ -92,38 +90,14 @@ async def _run(test: LoadTest) -> LoadReport:
         engine = await start_engine(test.choice, test.sampling, **json.loads(test.engine_options))
         return test.batching.batcher(engine, test.sampling)
 
-    header = ["".join(f"{name:>8}" for name in _HEADER)]
+    header = [TABLE_HEADER]
 
     def show(step: LoadResult) -> None:
         while header:
             click.echo(header.pop())
-        click.echo(_row(step))
+        click.echo(table_row(step))
 
     try:
         return await measure(test, solver, on_step=show)
     finally:
         await close_all()
-
-
-def _row(step: LoadResult) -> str:
-    """One step in 40 columns; a star beside what breaks its objective."""
-    broken = {objective.name for objective in step.broken}
-    cells = (
-        (f"{step.rate_per_s:,.4g}", ""),
-        (_ms(step.latencies.p50_ms), "p50"),
-        (_ms(step.latencies.p99_ms), "p99"),
-        (_share(step.error_rate), "errors"),
-        (_share(step.availability), "availability"),
-    )
-    return "".join(f"{text}{'*' if name in broken else ''}".rjust(8) for text, name in cells)
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def _share(value: float) -> str:
-    """A percentage that says 0% and 100% only where it is exactly that."""
-    if value in (0, 1):
-        return f"{value:.0%}"
-    return f"{min(value, 0.9999):.2%}" if value > 0.5 else f"{max(value, 0.0001):.2%}"

@@ -21,6 +21,8 @@ from flyte_batch.load.plan import LoadTest
 from flyte_batch.monitoring.gpu import GpuSampler
 from flyte_batch.replica import this_replica
 
+TABLE_HEADER = "".join(f"{name:>8}" for name in ("rate/s", "p50 ms", "p99 ms", "errors", "avail."))
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -119,6 +121,30 @@ def read_report(path: str) -> LoadReport:
         raise BadInput(f"there is no report of a load test at {path}: flyte batch load --output {path}") from None
     except (BadInput, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: {error}") from error
+
+
+def table_row(step: LoadResult) -> str:
+    """One load in 40 columns, under `TABLE_HEADER`; a star beside what breaks its objective."""
+    broken = {objective.name for objective in step.broken}
+    cells = (
+        (f"{step.rate_per_s:,.0f}" if step.rate_per_s >= 100 else f"{step.rate_per_s:.3g}", ""),
+        (_ms(step.latencies.p50_ms), "p50"),
+        (_ms(step.latencies.p99_ms), "p99"),
+        (_share(step.error_rate), "errors"),
+        (_share(step.availability), "availability"),
+    )
+    return "".join(f"{text}{'*' if name in broken else ''}".rjust(8) for text, name in cells)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _share(value: float) -> str:
+    """A percentage that says 0% and 100% only where it is exactly that."""
+    if value in (0, 1):
+        return f"{value:.0%}"
+    return f"{min(value, 0.9999):.2%}" if value > 0.5 else f"{max(value, 0.0001):.2%}"
 
 
 def conclusions(report: LoadReport) -> list[str]:

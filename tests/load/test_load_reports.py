@@ -20,7 +20,16 @@ from flyte_batch.demo.problems import generate
 from flyte_batch.load import Limit, ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test, read_prompts
-from flyte_batch.load.report import LoadReport, conclusions, hardware, prepare_output, read_report, write_report
+from flyte_batch.load.report import (
+    TABLE_HEADER,
+    LoadReport,
+    conclusions,
+    hardware,
+    prepare_output,
+    read_report,
+    table_row,
+    write_report,
+)
 from flyte_batch.replica import VARIABLE, ReplicaSettings
 from tests.helpers import write_jsonl
 
@@ -210,6 +219,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_load(tmp_path: Pat
         prepare_output(str(tmp_path))
     with pytest.raises(fb.BadInput, match="/proc/nope"):
         prepare_output("/proc/nope/load.json")
+
+
+def test_a_row_of_the_table_has_40_columns_and_says_all_or_none_only_where_it_is_so(searched: LoadReport) -> None:
+    step = dataclasses.replace(searched.limit.steps[0], requests=100_000, errors={}, unavailable={})
+    assert re.search(r" 0% +100%$", table_row(step))
+    step = dataclasses.replace(step, errors={"ValueError": 1}, unavailable={"QueueFull": 1}, rate_per_s=99_900.0)
+    assert re.search(r"^ +99,900 .* 0\.01% +99\.99%$", table_row(step))
+    every = [table_row(each) for each in searched.limit.steps]
+    assert {len(row) for row in [TABLE_HEADER, *every]} == {40}
+    assert all("*" in row for row, each in zip(every, searched.limit.steps, strict=True) if not each.is_kept)
 
 
 def test_the_conclusion_says_where_the_level_breaks_and_why(searched: LoadReport) -> None:
