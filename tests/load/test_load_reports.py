@@ -148,6 +148,14 @@ def test_callers_share_batches_of_the_size_that_was_asked_for() -> None:
     assert sum(sizes) == pytest.approx(60 * 25, abs=200)
 
 
+def test_an_engine_with_continuous_batching_is_loaded_record_by_record() -> None:
+    engine = fb.FakeContinuousEngine(slots=8, seconds_per_step=0.01)
+    report = measured(plan(rate_per_s=30.0), engine)
+    (step,) = report.limit.steps
+    assert report.is_kept
+    assert step.ok == step.requests < engine.finished  # those of the warm-up are not counted
+
+
 # -- The evidence ----------------------------------------------------------
 
 
