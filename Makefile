@@ -2,6 +2,7 @@
 #   make run     answer 5,000 generated problems with the demo model, through flyte's local mode
 #   make test    the test suite
 #   make test-runtime  the tests with the programs that run in Flyte's reusable containers (some minutes)
+#   make test-monitoring  the tests that need a real Prometheus and a browser (installs Debian's, as root)
 #   make test-vllm  the tests that need vLLM, with a build for CPUs in an environment of its own (4 GB)
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,9 +14,9 @@ SEED ?= 2026
 export DO_NOT_TRACK = 1
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help run test test-runtime reliability test-vllm lint types check benchmarks train-demo-model clean
+.PHONY: help run test test-monitoring test-runtime reliability test-vllm lint types check benchmarks train-demo-model clean
 help:
-	@sed -n '2,5p' Makefile
+	@sed -n '2,6p' Makefile
 
 run: $(VENV)/installed-run
 	@mkdir -p $(OUT)
@@ -25,6 +26,10 @@ run: $(VENV)/installed-run
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# What these tests miss is a failure here, and a reason to skip them in "make test".
+test-monitoring: $(VENV)/installed-monitoring-tests .tools/installed
+	FLYTE_BATCH_MONITORING_TESTS=1 $(BIN)/python -m pytest tests/monitoring tests/report
 
 # The first file needs the stand-in for S3.
 test-runtime: $(VENV)/installed-runtime-tests
@@ -78,6 +83,21 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt $(VENV)/created
 
 $(VENV)/installed-runtime-tests: pyproject.toml constraints.txt $(VENV)/created
 	$(PIP) -e '.[runtime-tests]'
+	@touch $@
+
+$(VENV)/installed-monitoring-tests: pyproject.toml constraints.txt $(VENV)/created
+	$(PIP) -e '.[monitoring-tests]'
+	@touch $@ $(VENV)/installed-dev $(VENV)/installed-run
+
+# Prometheus is unpacked beside the project: installed, it would start a server. Chromium needs libraries of the system.
+.tools/installed:
+	@mkdir -p .tools
+	@command -v prometheus promtool >/dev/null || test -x .tools/usr/bin/promtool || { \
+	  cd .tools && { apt-get download -q prometheus >/dev/null 2>&1 || { apt-get update -q && apt-get download -q prometheus; } } \
+	  && dpkg -x prometheus_*.deb . && rm prometheus_*.deb; }
+	@command -v chromium >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -q -y --no-install-recommends chromium; } \
+	  || { echo "Chromium could not be installed: on Debian and Ubuntu run, as root: apt-get install chromium"; exit 1; }
 	@touch $@
 
 $(VENV)/installed-train: pyproject.toml constraints.txt $(VENV)/created
