@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import sys
 import threading
@@ -81,6 +83,7 @@ class RunView:
         self._printed_at, self._printed_rows = clock(), log.rows
         self._live: LiveView | None = None
         self._is_over = False
+        self._stopping = threading.Lock()
 
     def __enter__(self) -> Self:
         out = self._out or sys.stdout
@@ -89,17 +92,15 @@ class RunView:
 
             self._live = LiveView(cast(TextIO, Forgiving(out)), self._moment)
             self._live.start()
+            atexit.register(self._stop)  # the run may be on a thread that the interpreter's end does not wait for
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._figures, self._is_stale, self._is_over = Figures.of(self._log), False, True
         if self._live is not None:
-            self._live.stop()
-            self._live = None
-            _the_terminal.release()
-        elif self._printed_rows != self._log.rows:
+            self._stop()
+        elif self._printed_rows != self._log.rows and not self._is_over:
             self._print_line()
 
     def say(self, line: str) -> None:
@@ -114,10 +115,23 @@ class RunView:
         now = self._clock()
         self._pace.advance(self._log.rows - self._log.plan.rows_reused, now)
         self._is_stale = True
-        if self._live is not None:
+        if self._live is not None or self._mode == "off":
             return
         if self._log.rows >= self._log.plan.rows or now - self._printed_at >= SECONDS_BETWEEN_LINES:
             self._print_line()
+
+    def _stop(self) -> None:
+        """Leave the last frame of the live view, and give the terminal back; doing it twice is fine."""
+        with self._stopping:
+            live, self._live = self._live, None
+            if live is None:
+                return
+            with contextlib.suppress(RuntimeError):  # the log grows meanwhile
+                self._figures = Figures.of(self._log)
+            self._is_stale, self._is_over = False, True
+            live.stop()
+            atexit.unregister(self._stop)
+            _the_terminal.release()
 
     def _print_line(self) -> None:
         self._printed_at, self._printed_rows = self._clock(), self._log.rows

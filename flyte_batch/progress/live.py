@@ -5,7 +5,6 @@ Loads rich: import it only where there is a terminal.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import sys
@@ -56,8 +55,7 @@ class Moment:
 class LiveView:
     """Shows a run until `stop`, which leaves the last frame where it is.
 
-    What this process prints on a terminal meanwhile, log handlers included, is put above the view. At the end of the
-    interpreter the view stops by itself, so that the terminal gets its cursor back.
+    What this process prints on a terminal meanwhile, log handlers included, is put above the view.
 
     Args:
         out: the terminal.
@@ -67,7 +65,7 @@ class LiveView:
     def __init__(self, out: TextIO, look: Callable[[], Moment]) -> None:
         self._look = look
         self._frame: RenderableType = ""
-        self._has_failed = False
+        self._error: Exception | None = None
         self._console = Console(file=out, force_terminal=True, force_jupyter=False, markup=False, highlight=False)
         self._live = Live(
             console=self._console,
@@ -82,13 +80,13 @@ class LiveView:
     def start(self) -> None:
         self._above.take()
         self._live.start(refresh=True)
-        atexit.register(self.stop)
 
     def stop(self) -> None:
-        """Leave the last frame, give the terminal back; doing it twice is fine."""
-        atexit.unregister(self.stop)
+        """Leave the last frame, give the terminal back."""
         self._above.give_back()
         self._live.stop()
+        if self._error is not None:
+            logger.warning("the view of the run's progress failed: it may have shown old figures", exc_info=self._error)
 
     def say(self, line: str) -> None:
         """Print a line above the view."""
@@ -97,10 +95,8 @@ class LiveView:
     def _render(self) -> RenderableType:
         try:
             self._frame = Constrain(frame(self._look(), min(WIDEST, self._console.width)), WIDEST)
-        except Exception:  # of a view: no reason to lose a run
-            if not self._has_failed:
-                self._has_failed = True
-                logger.warning("the view of the run's progress failed, and is tried again", exc_info=True)
+        except Exception as error:  # of a view: no reason to lose a run
+            self._error = error  # logged at the end: a handler may be waiting for the view to print above it
         return self._frame
 
 
