@@ -55,17 +55,17 @@ def check_load_test(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]
     test = evidence.load_test
     if test is None:
         remedy = "flyte batch load --output FILE, or workflows/load.py on a replica; then --load_test FILE"
-        yield Finding("load test.level", "", "missing", "no load test was shown", remedy)
+        yield Finding("load_test.level", "", "missing", "no load test was shown", remedy)
         return
     said = conclusions(test)
     if not test.is_kept:
-        yield Finding("load test.level", "", "missing", said[0], "faster replicas, a smaller model, or a lower level")
+        yield Finding("load_test.level", "", "missing", said[0], "faster replicas, a smaller model, or a lower level")
     elif any(
         not objective.is_shown for objective in (test.limit.highest_kept.objectives if test.limit.highest_kept else ())
     ):
-        yield Finding("load test.level", "", "could not tell", " ".join(said[:2]))
+        yield Finding("load_test.level", "", "could not tell", " ".join(said[:2]))
     else:
-        yield Finding("load test.level", "", "ok", said[0])
+        yield Finding("load_test.level", "", "ok", said[0])
     yield _age(test, evidence.now or datetime.now(UTC))
     yield _model(workflow, test, evidence.model)
     yield _hardware(workflow, test)
@@ -75,12 +75,12 @@ def _age(test: LoadReport, now: datetime) -> Finding:
     days = (now - datetime.fromisoformat(test.started_at)).total_seconds() / 86400
     evidence = f"of {test.started_at[:10]}, {days:.0f} days old"
     if days > OLDEST_LOAD_TEST_DAYS:
-        return Finding("load test.age", "", "missing", evidence, "make a new one: models, images and machines change")
-    return Finding("load test.age", "", "ok", evidence)
+        return Finding("load_test.age", "", "missing", evidence, "make a new one: models, images and machines change")
+    return Finding("load_test.age", "", "ok", evidence)
 
 
 def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
-    check, tested = "load test.model", test.test.choice.model
+    check, tested = "load_test.model", test.test.choice.model
     defaults = {task.inputs["model"] for task in workflow.entries if isinstance(task.inputs.get("model"), str)}
     used = told or (str(next(iter(defaults))) if len(defaults) == 1 else None)
     if test.test.choice.engine == "fake":
@@ -93,7 +93,7 @@ def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
 
 
 def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
-    check, remedy = "load test.hardware", "test on a replica: workflows/load.py"
+    check, remedy = "load_test.hardware", "test on a replica: workflows/load.py"
     gpus = sorted({str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources})
     match = _GPU.search(test.hardware)
     tested = match[1] if match else ""
@@ -111,7 +111,7 @@ def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
 
 def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
     """Of the replicas' time at work: containers that start or stand idle, and the driver, are not in it."""
-    check, run = "cost.projection", evidence.run
+    check, run = "cost_projection.bill", evidence.run
     rows = evidence.rows or (run.plan.rows if run else None)
     rate = evidence.rows_per_s or (_measured(run) if run else None)
     price = evidence.price_per_hour or (run.plan.price_per_hour if run else None)
@@ -135,7 +135,7 @@ def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
         assert each.pool is not None  # noqa: S101 - what makes it one of `replicas`
         idle = each.pool.idle_ttl_s / 3600 * price
         yield Finding(
-            "cost.time", each.name, "ok",
+            "cost_projection.time", each.name, "ok",
             f"{_hours(hours / each.pool.most)} with all {each.pool.most}; standing idle after a run costs at most "
             f"{idle * each.pool.most:,.2f} more",
         )  # fmt: skip

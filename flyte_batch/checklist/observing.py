@@ -121,25 +121,27 @@ def _links(workflow: Workflow) -> Iterator[Finding]:
 
 def check_errors(workflow: Workflow) -> Iterator[Finding]:
     if not workflow.entries:
-        yield Finding("errors.max_failure_rate", "", "could not tell", "the file names no task that runs on its own")
+        yield Finding(
+            "error_tracking.max_failure_rate", "", "could not tell", "the file names no task that runs on its own"
+        )
     for task in workflow.entries:
         yield _failure_rate(task)
         if not task.triggers:
             evidence = "no trigger starts it: whoever does so sees how it ends"
-            yield Finding("errors.notifications", task.name, "not applicable", evidence)
+            yield Finding("error_tracking.notifications", task.name, "not applicable", evidence)
         for trigger in task.triggers:
             yield _notifications(task, trigger)
 
 
 def _failure_rate(task: Task) -> Finding:
-    check, name = "errors.max_failure_rate", "max_failure_rate"
+    check, name = "error_tracking.max_failure_rate", "max_failure_rate"
     remedy = "give the task's parameter a default, max_failure_rate: float = 0.01 say, and pass it to fb.run"
     default = task.inputs.get(name)
     passed = [each for each in keywords(task.function) if each.name == name]
     if default is REQUIRED:
         return Finding(check, task.name, "ok", "who starts it has to say")
     if default is not None:
-        return Finding(check, task.name, "ok", f"{default:g} of the rows, if not told otherwise")
+        return Finding(check, task.name, "ok", f"{default} of the rows, if not told otherwise")
     if name in task.inputs or not passed:
         evidence = "half of the rows may fail before a run fails" if passed else "nothing bounds how many rows may fail"
         return Finding(check, task.name, "missing", evidence, remedy)
@@ -150,7 +152,7 @@ def _failure_rate(task: Task) -> Finding:
 
 
 def _notifications(task: Task, trigger: Trigger) -> Finding:
-    check, subject = "errors.notifications", f"{task.name}, trigger {trigger.name}"
+    check, subject = "error_tracking.notifications", f"{task.name}, trigger {trigger.name}"
     if trigger.phases is None:
         return Finding(check, subject, "ok", "by a rule of the cluster")
     silent = [phase for phase in ("failed", "timed_out") if phase not in trigger.phases]

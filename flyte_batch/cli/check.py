@@ -158,7 +158,7 @@ def _print(workflow: Workflow, findings: Sequence[Finding]) -> None:
     names = ", ".join(each.name for each in workflow.environments)
     _wrapped(f"{workflow.path}: {names}", width, "", "  ")
     for area, found in groupby(findings, key=lambda finding: finding.area):
-        click.echo(f"\n{_styled(area, bold=True)}")
+        click.echo(f"\n{_styled(area.replace('_', ' '), bold=True)}")
         for each in found:
             name = each.check.partition(".")[2]
             label = f"{name}, {each.subject}" if each.subject else name

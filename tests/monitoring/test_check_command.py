@@ -25,20 +25,24 @@ def checks(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     return found
 
 
-NOT_IN_A_FILE = {"load test.level", "cost.projection"}
+NOT_IN_A_FILE = {"load_test.level", "cost_projection.bill"}
 """Missing until somebody shows them."""
 
 DEPENDS_ON_THE_CLUSTER = {
-    "monitoring.backends", "monitoring.packages", "monitoring.reachable", "monitoring.links", "errors.notifications",
-}  # fmt: skip
+    "monitoring.backends",
+    "monitoring.packages",
+    "monitoring.reachable",
+    "monitoring.links",
+    "error_tracking.notifications",
+}
 """Which backends, whom to tell: an example may leave it out."""
 
 
 @pytest.mark.parametrize(
     ("workflow", "may_be_missing"),
     [
-        ("generate", {"errors.max_failure_rate", "monitoring.report"}),
-        ("gsm8k", {"autoscaling.replicas", "limits.timeout", "errors.max_failure_rate", "monitoring.report"}),
+        ("generate", {"error_tracking.max_failure_rate", "monitoring.report"}),
+        ("gsm8k", {"autoscaling.replicas", "limits.timeout", "error_tracking.max_failure_rate", "monitoring.report"}),
         ("nightly", {"deployment.schedule", "monitoring.report"}),
     ],
 )
@@ -58,7 +62,7 @@ def test_nightly_is_looked_through_to_the_replicas_that_answer() -> None:
     found = checks(batch_check("workflows/nightly.py", "--json"))
     pools = {each["subject"] for each in found if each["check"] == "autoscaling.concurrency"}
     assert pools == {"generate-cpu", "generate-gpu"}
-    assert {each["subject"] for each in found if each["check"] == "errors.max_failure_rate"} == {"nightly.main"}
+    assert {each["subject"] for each in found if each["check"] == "error_tracking.max_failure_rate"} == {"nightly.main"}
     triggers = {each["subject"] for each in found if each["check"] == "deployment.schedule"}
     assert triggers == {"nightly.main, trigger every-night"}
 
@@ -70,7 +74,7 @@ def test_the_list_is_readable_and_without_colours_where_it_is_piped() -> None:
     assert max(map(len, run.stdout.splitlines())) <= 80
     lines = run.stdout.splitlines()
     assert [line for line in lines if line and not line.startswith(" ")][1:8] == [
-        "autoscaling", "limits", "monitoring", "errors", "load test", "cost", "deployment",
+        "autoscaling", "limits", "monitoring", "error tracking", "load test", "cost projection", "deployment",
     ]  # fmt: skip
     assert "  ok              replicas, generate-cpu: 1 to 2 replicas" in lines
 

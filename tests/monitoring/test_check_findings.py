@@ -124,7 +124,15 @@ def test_a_workflow_that_is_ready_lacks_nothing(tmp_path: Path, load_test: str) 
     content = json.loads(result.stdout)
     assert content["counts"] == {"ok": len(content["checks"])}
     areas = dict.fromkeys(each["check"].partition(".")[0] for each in content["checks"])
-    assert list(areas) == ["autoscaling", "limits", "monitoring", "errors", "load test", "cost", "deployment"]
+    assert list(areas) == [
+        "autoscaling",
+        "limits",
+        "monitoring",
+        "error_tracking",
+        "load_test",
+        "cost_projection",
+        "deployment",
+    ]
 
 
 ASKED_FOR_A_RATE = """, max_failure_rate: float = 0.01) -> fb.RunSummary:
@@ -200,13 +208,13 @@ CHANGES = [
     (
         "max_failure_rate: float = 0.01",
         "max_failure_rate: float | None = None",
-        "errors.max_failure_rate",
+        "error_tracking.max_failure_rate",
         "drive.main",
         "missing",
         "half of the rows",
     ),
-    (ASKED_FOR_A_RATE, ASKED_FOR_NONE, "errors.max_failure_rate", "drive.main", "missing", "nothing bounds"),
-    (", ActionPhase.TIMED_OUT", "", "errors.notifications", NIGHTLY, "missing", "timed_out"),
+    (ASKED_FOR_A_RATE, ASKED_FOR_NONE, "error_tracking.max_failure_rate", "drive.main", "missing", "nothing bounds"),
+    (", ActionPhase.TIMED_OUT", "", "error_tracking.notifications", NIGHTLY, "missing", "timed_out"),
     (
         '"prometheus-client==0.23.1"',
         '"prometheus-client==0.23.1", "numpy>=2"',
@@ -276,7 +284,7 @@ def test_without_reused_containers_autoscaling_is_missing(tmp_path: Path) -> Non
     assert found["limits.resources", "plain"]["status"] == "missing"
     assert found["deployment.images", "plain"]["evidence"].startswith("image 'auto'")
     assert found["deployment.schedule", ""]["status"] == "not applicable"
-    assert found["errors.notifications", "plain.main"]["status"] == "not applicable"
+    assert found["error_tracking.notifications", "plain.main"]["status"] == "not applicable"
 
 
 def test_secrets_are_named_and_never_shown(tmp_path: Path) -> None:
@@ -367,7 +375,7 @@ def test_a_load_test_counts_on_the_replicas_gpu(
     report = without(load_report, hardware=hardware, test__choice__engine=engine)
     source = changed("cpu=2,", f"cpu=2, gpu={gpu},")
     found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=source))
-    assert found["load test.hardware", ""]["status"] == status
+    assert found["load_test.hardware", ""]["status"] == status
 
 
 @pytest.mark.parametrize(
@@ -404,7 +412,7 @@ TWO_NOTIFIERS = """(
 def test_somebody_has_to_hear_of_a_failed_night(notifications: str, status: str, tmp_path: Path) -> None:
     old = 'notify.Email(on_phase=(ActionPhase.FAILED, ActionPhase.TIMED_OUT), recipients=("a@example.com",))'
     found = findings(check(tmp_path, "--json", source=changed(old, notifications)))
-    assert found["errors.notifications", "drive.main, trigger nightly"]["status"] == status
+    assert found["error_tracking.notifications", "drive.main, trigger nightly"]["status"] == status
 
 
 # -- Evidence -------------------------------------------------------------
@@ -424,15 +432,15 @@ def without(report: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "name", "status", "evidence"),
     [
-        ({"started_at": "2020-01-01T00:00:00+00:00"}, "load test.age", "missing", "of 2020-01-01"),
-        ({"test__choice__model": "other/model"}, "load test.model", "missing", "other/model was tested, demo is"),
-        ({"test__choice__engine": "fake"}, "load test.model", "missing", "only echoes"),
-        ({"hardware": "a CPU, 2 cores, L4:1"}, "load test.hardware", "missing", "no replica has a GPU"),
+        ({"started_at": "2020-01-01T00:00:00+00:00"}, "load_test.age", "missing", "of 2020-01-01"),
+        ({"test__choice__model": "other/model"}, "load_test.model", "missing", "other/model was tested, demo is"),
+        ({"test__choice__engine": "fake"}, "load_test.model", "missing", "only echoes"),
+        ({"hardware": "a CPU, 2 cores, L4:1"}, "load_test.hardware", "missing", "no replica has a GPU"),
         (
             {"limit__highest_kept_per_s": None, "limit__lowest_broken_per_s": 20.0},
-            "load test.level", "missing", "is not kept",
+            "load_test.level", "missing", "is not kept",
         ),
-        ({"limit__steps__0__objectives__0__is_shown": False}, "load test.level", "could not tell", "do not show it"),
+        ({"limit__steps__0__objectives__0__is_shown": False}, "load_test.level", "could not tell", "do not show it"),
     ],
 )  # fmt: skip
 def test_a_load_test_that_shows_too_little(
@@ -447,20 +455,20 @@ def test_a_load_test_that_shows_too_little(
 
 def test_the_model_that_runs_can_be_told(load_test: str, tmp_path: Path) -> None:
     found = findings(check(tmp_path, "--load_test", load_test, "--model", "other/model", "--json"))
-    assert found["load test.model", ""]["status"] == "missing"
+    assert found["load_test.model", ""]["status"] == "missing"
     untold = changed('model: str = "demo", ', "")
     assert (
-        findings(check(tmp_path, "--load_test", load_test, "--json", source=untold))["load test.model", ""]["status"]
+        findings(check(tmp_path, "--load_test", load_test, "--json", source=untold))["load_test.model", ""]["status"]
         == "could not tell"
     )
 
 
 def test_costs_follow_from_rows_speed_and_price(tmp_path: Path) -> None:
     found = findings(check(tmp_path, *COST, "--json"))
-    said = found["cost.projection", ""]["evidence"]
+    said = found["cost_projection.bill", ""]["evidence"]
     assert said.startswith("1,000,000 rows at 100 rows/s a replica (told) are 2.8 h of replicas: ")
     assert said.endswith(": 10.00 at 3.6 an hour, 10.00 a million rows")
-    assert found["cost.time", "pool"]["evidence"] == (
+    assert found["cost_projection.time", "pool"]["evidence"] == (
         "41.7 min with all 4; standing idle after a run costs at most 1.20 more"
     )
 
@@ -469,7 +477,7 @@ def test_costs_follow_from_rows_speed_and_price(tmp_path: Path) -> None:
 def test_costs_need_all_three(left_out: str, tmp_path: Path) -> None:
     at = COST.index(f"--{left_out}")
     options = COST[:at] + COST[at + 2 :]
-    found = findings(check(tmp_path, *options, "--json"))["cost.projection", ""]
+    found = findings(check(tmp_path, *options, "--json"))["cost_projection.bill", ""]
     assert (found["status"], found["evidence"]) == ("missing", f"not known: {left_out}")
     assert f"--{left_out} N" in found["remedy"]
 
@@ -494,13 +502,13 @@ def earlier_run(tmp_path: Path) -> str:
 
 
 def test_costs_follow_from_an_earlier_run(tmp_path: Path, earlier_run: str) -> None:
-    found = findings(check(tmp_path, "--run", earlier_run, "--json"))["cost.projection", ""]
+    found = findings(check(tmp_path, "--run", earlier_run, "--json"))["cost_projection.bill", ""]
     assert found["status"] == "ok"
     log = json.loads((Path(earlier_run) / "_report.json").read_text())["runs"][-1]
     seconds = log["ended"] - min(engine["started"] for engine in log["engines"])
     assert f"400 rows at {400 / seconds:,.4g} rows/s a replica (measured)" in found["evidence"]
     assert f" at 7.2 an hour, {1e6 * 7.2 / 3600 / (400 / seconds):,.2f} a million rows" in found["evidence"]
-    more = findings(check(tmp_path, "--run", earlier_run, "--rows", "4000000", "--json"))["cost.projection", ""]
+    more = findings(check(tmp_path, "--run", earlier_run, "--rows", "4000000", "--json"))["cost_projection.bill", ""]
     assert more["evidence"].startswith("4,000,000 rows")
 
 
@@ -513,7 +521,7 @@ def test_the_list_says_what_is_missing_and_what_to_do(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "missing concurrency, pool: one chunk a replica at once" in text
     assert "-> raise concurrency to 4 or more" in text
-    assert text.endswith("missing: autoscaling.concurrency, load test.level, cost.projection")
+    assert text.endswith("missing: autoscaling.concurrency, load_test.level, cost_projection.bill")
 
 
 @pytest.mark.parametrize("columns", [60, 200])
