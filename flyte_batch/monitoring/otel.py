@@ -115,7 +115,7 @@ class OtelHook:
         self._sample = _Sample(sample_records, rng or random.Random())  # noqa: S311
         self._batches_per_chunk = batches_per_chunk
         self._message_chars = message_chars
-        self._lock = threading.Lock()
+        # Added to where events happen, taken from by the thread: single operations of dicts, which need no lock.
         self._runs: dict[Scope, _Open] = {}
         self._chunks: dict[Scope, _Open] = {}
         self._failed: list[RecordFailed] = []  # of batches that are still to be told of
@@ -123,7 +123,7 @@ class OtelHook:
         self._trace_source = lambda: trace.get_current_span().get_span_context()
         scope.trace_source = self._trace_source
         self._events: SimpleQueue[tuple[Event, Context] | None] = SimpleQueue()
-        self._left_out = 0
+        self._is_behind = False
         self._thread = threading.Thread(target=self._work, name="flyte-batch-otel", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -136,45 +136,36 @@ class OtelHook:
         if scope.trace_source is self._trace_source:
             scope.trace_source = self._trace_source_before
         self._metrics.close()
-        with self._lock:
-            for opened in chain(self._chunks.values(), self._runs.values()):
-                opened.give_up()
-            self._chunks.clear()
-            self._runs.clear()
+        self._end_oldest(self._chunks, 0)
+        self._end_oldest(self._runs, 0)
 
     def on_event(self, event: Event) -> None:
         """Enter or leave the span of a run or chunk; what takes longer is left to a thread."""
+        opened: _Open | None = None
         match event:
             case BatchFormed() | EngineLoading():
                 return
             case ChunkStarted():
-                with self._lock:
-                    self._chunk_started(event)
-                return
+                self._chunk_started(event)
             case RunStarted():
-                with self._lock:
-                    self._run_started(event)
-                return
+                self._run_started(event)
             case ChunkDone() | ChunkFailed():
-                _leave(self._chunks.get(event.scope))
+                opened = self._chunks.get(event.scope)
             case RunEnded():
-                _leave(self._runs.get(event.scope))
+                opened = self._runs.get(event.scope)
         if self._events.qsize() < _MOST_QUEUED:
             self._events.put((event, contexts.get_current()))
-        else:
-            self._leave_out()
-
-    def _leave_out(self) -> None:
-        self._left_out += 1
-        if self._left_out == 1:
+        elif not self._is_behind:
+            self._is_behind = True
             logger.warning("more happens than OpenTelemetry can be told: its spans and metrics miss some of it")
+        if opened is not None:
+            opened.leave()
 
     def _work(self) -> None:
         has_failed = False
         while (heard := self._events.get()) is not None:
             try:
-                with self._lock:
-                    self._take(*heard)
+                self._take(*heard)
             except Exception:
                 if not has_failed:
                     logger.warning("OpenTelemetry could not be told of something", exc_info=True)
@@ -190,6 +181,10 @@ class OtelHook:
                     self._chunks[event.scope].batchers.add(event.batcher)
             case RecordFailed():
                 self._record_failed(event)
+            case ChunkStarted():
+                self._end_oldest(self._chunks, _MOST_OPEN)
+            case RunStarted():
+                self._end_oldest(self._runs, _MOST_OPEN)
             case ChunkDone():
                 self._chunk_done(event)
             case ChunkFailed():
@@ -253,10 +248,13 @@ class OtelHook:
         before = contexts.get_current()
         span = self._tracer.start_span(name, before, attributes=_of_flyte(whose) | attributes, start_time=_ns(at))
         contexts.attach(trace.set_span_in_context(span, before))
-        while len(table) >= _MOST_OPEN:
-            table.pop(next(iter(table))).give_up()
         opened = table[whose] = _Open(span, before, at)
         return opened
+
+    def _end_oldest(self, table: dict[Scope, _Open], most: int) -> None:
+        """Leave so many open."""
+        for whose in list(table)[: len(table) - most] if len(table) > most else ():
+            table.pop(whose).give_up()
 
     def _end(
         self, table: dict[Scope, _Open], whose: Scope, at: float, attributes: Mapping[str, int], error: str = "",
@@ -275,7 +273,8 @@ class OtelHook:
 
     def _batch_done(self, event: BatchDone) -> None:
         self._metrics.batch_done(event)
-        failed, self._failed = self._failed, []
+        failed = [each for each in self._failed if each.batcher == event.batcher]
+        self._failed = [each for each in self._failed if each.batcher != event.batcher]
         if not event.shares:
             return
         requests: dict[tuple[int, int, str], _Request] = {}
@@ -325,7 +324,7 @@ class OtelHook:
         )
         if failures:
             scopes = {share.scope for share in shares}
-            mine = [each for each in failed if each.batcher == event.batcher and each.scope in scopes]
+            mine = [each for each in failed if each.scope in scopes]
             for each in mine[:_MOST_EXCEPTIONS]:
                 self._exception(span, each.at, each.error, each.message)
             if failures == records:
@@ -356,7 +355,7 @@ class OtelHook:
 
     def _engine_loaded(self, event: EngineLoaded, context: Context) -> None:
         """A span below the chunk for which it was loaded; with links to the others that waited for it."""
-        opened = (each for each in self._chunks.values() if each.since <= event.at)
+        opened = (each for each in list(self._chunks.values()) if each.since <= event.at)
         waiting = [each.span for each in opened if not each.batchers]
         span = self._tracer.start_span(
             "load",
@@ -371,7 +370,7 @@ class OtelHook:
 
     def _engine_died(self, event: EngineDied) -> None:
         self._metrics.engine_died(event)
-        for opened in self._chunks.values():
+        for opened in list(self._chunks.values()):
             if event.batcher in opened.batchers:
                 died: Attributes = {"flyte_batch.batcher.id": event.batcher, "flyte_batch.lost": event.lost}
                 self._exception(opened.span, event.at, event.error, event.message, died)
@@ -379,7 +378,7 @@ class OtelHook:
     def _loop_blocked(self, event: LoopBlocked) -> None:
         self._metrics.loop_blocked(event)
         blocked: Attributes = {"flyte_batch.seconds": event.seconds, "flyte_batch.code": event.code}
-        for opened in self._chunks.values():
+        for opened in list(self._chunks.values()):
             if opened.since <= event.at:
                 opened.span.add_event("flyte_batch.loop.blocked", blocked, _ns(event.at))
 
@@ -401,20 +400,17 @@ class _Open:
             self.span.set_attributes({"flyte_batch.records": self.records, "flyte_batch.batches": self.batches})
         self.span.end(_ns(at))
 
+    def leave(self) -> None:
+        """The task that this is called in is in the span no more."""
+        if trace.get_current_span() is self.span:
+            contexts.attach(self.before)
+        if self.propagation is not None:
+            self.propagation.__exit__(None, None, None)
+
     def give_up(self) -> None:
         """End it without having heard of its end; the task it was current in is elsewhere."""
         self.span.set_attribute("flyte_batch.unfinished", True)
         self.end(time.time())
-
-
-def _leave(opened: _Open | None) -> None:
-    """The task that this is called in is in the span no more."""
-    if opened is None:
-        return
-    if trace.get_current_span() is opened.span:
-        contexts.attach(opened.before)
-    if opened.propagation is not None:
-        opened.propagation.__exit__(None, None, None)
 
 
 @dataclass(eq=False, slots=True)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -208,22 +209,35 @@ async def test_failed_records_are_exceptions_on_their_batch_and_a_batch_of_only_
         async with batcher_of(kind, fail_on=fail) as batcher:
             async with chunk_entered("mixed"):
                 await answer(batcher, [f"p {i}" for i in range(10)])
+                await answer(batcher, ["p 3", "p 8"])
             async with chunk_entered("lost"):
                 await answer(batcher, ["long"])
     mixed, lost = (next(c for c in collector.named("chunk") if c.attributes["flyte_batch.chunk.id"] == name)
                    for name in ("mixed", "lost"))  # fmt: skip
     batches = [span for span in collector.named("batch") if span.parent_id == mixed.span_id]
-    assert total(batches, "flyte_batch.failed") == 4
+    assert total(batches, "flyte_batch.failed") == 5
     for each in batches:
         assert each.failed is (each.attributes["flyte_batch.failed"] == each.attributes["flyte_batch.records"])
     exceptions = [event for batch in batches for event in batch.events]
-    assert [event.name for event in exceptions] == ["exception"] * 4
+    assert [event.name for event in exceptions] == ["exception"] * 5
     assert {event.attributes["exception.type"] for event in exceptions} == {"BadRecord"}
     assert all(0 < len(event.attributes["exception.message"]) <= 30 for event in exceptions)
     (batch,) = [span for span in collector.named("batch") if span.parent_id == lost.span_id]
     assert batch.failed
     assert batch.attributes["error.type"] == "BadRecord"
     assert not mixed.failed, "rows that fail are no failure of the chunk"
+
+
+async def test_a_batch_of_another_batcher_in_between_does_not_take_the_exceptions() -> None:
+    with tracing() as (collector, _):
+        async with chunk_entered("c") as mine:
+            hooks.emit(events.RecordFailed(time.time(), mine, "infer", "BadRecord", "", "b1"))
+            for batcher, failed in (("b2", 0), ("b1", 1)):
+                share = events.Share(mine, 2, failed, 1.0, ())
+                now = time.time()
+                hooks.emit(events.BatchDone(now, batcher, 1, now, 2, failed, 1.0, 1.0, False, (share,)))
+    told = {batch.attributes["flyte_batch.batcher.id"]: len(batch.events) for batch in collector.named("batch")}
+    assert told == {"b1": 1, "b2": 0}
 
 
 async def test_a_batch_that_is_split_and_tried_again_is_in_the_trace_with_its_parts_only() -> None:
@@ -425,13 +439,15 @@ async def test_a_batch_of_very_many_callers_has_a_bounded_number_of_links() -> N
 
 
 async def test_chunks_whose_end_never_comes_are_ended_when_there_are_too_many() -> None:
-    with tracing() as (collector, _):
+    with tracing() as (collector, provider):
         for number in range(1_005):
             hooks.emit(events.ChunkStarted(time.time(), events.Scope("r", "a", f"c{number}", number), 1))
-        provider_has = collector.named("chunk")
-        assert len(provider_has) <= 5
-    unfinished = [chunk for chunk in collector.named("chunk") if chunk.attributes.get("flyte_batch.unfinished")]
-    assert len(unfinished) == 1_005
+        async with asyncio.timeout(20):
+            while len(collector.named("chunk")) < 5:
+                await asyncio.to_thread(provider.force_flush)
+        oldest = collector.named("chunk")
+    assert [chunk.attributes["flyte_batch.chunk.index"] for chunk in oldest] == [0, 1, 2, 3, 4]
+    assert sum(chunk.attributes["flyte_batch.unfinished"] for chunk in collector.named("chunk")) == 1_005
 
 
 async def test_closing_ends_what_is_open_and_gives_the_trace_source_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,6 +515,8 @@ def test_a_provider_that_stands_still_holds_up_nobody_and_what_is_too_much_is_le
     hook = OtelHook(provider, sample_records=0)
     for number in range(120):
         hook.on_event(a_batch(number))
+    copy_context().run(hook.on_event, events.ChunkStarted(time.time(), new_scope("c"), 1))
+    assert held.ended == []
     held.go.set()
     hook.close()
     assert held.ended.count("batch") in range(100, 103)
