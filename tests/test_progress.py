@@ -294,3 +294,23 @@ def test_logging_goes_where_it_went_before_a_view_that_is_not_live(caplog: pytes
     with RunView(a_log(), "plain", io.StringIO()):
         logging.getLogger("x").warning("hello")
     assert "hello" in caplog.text
+
+
+def test_a_frame_is_written_at_once_with_what_is_printed_above_it() -> None:
+    """A terminal that is given a frame in pieces may show a piece: it would flicker."""
+    writes: list[str] = []
+
+    class Recording(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    log = a_log()
+    with RunView(log, "live", Recording()) as view:
+        add(log, 5)
+        view.refresh()
+        view.say("said meanwhile")
+    frames = [text for text in writes if "\x1b[1A" in text]
+    assert len(frames) >= 2  # what was said, and the end
+    assert all("rows " in text and "failures" in text for text in frames)
+    assert sum("said meanwhile" in text for text in frames) == 1
