@@ -19,9 +19,7 @@ from flyte_batch.report.samples import MOST_CHARACTERS, SampleAnswer, sample_ans
 from tests.report.logs import make_log
 
 
-def write_output(
-    folder: Path, rows: list[dict[str, Any]], per_chunk: int = 4, failed: frozenset[int] = frozenset()
-) -> list[Chunk]:
+def write_output(folder: Path, rows: list[dict[str, Any]], failed: frozenset[int] = frozenset()) -> list[Chunk]:
     """An output of four rows a chunk, without a manifest; rows are answered with their number, or fail."""
     folder.mkdir(parents=True)
     source = folder.parent / f"{folder.name}.parquet"
