@@ -136,10 +136,10 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
         ),
         _rule(
             "FlyteBatchEngineRestarts",
-            f"round(sum by (job) (increase({metrics.ENGINE_DEATHS.name}[1h]))) >= {limits.engine_deaths}",
+            f"sum by (job) (increase({metrics.ENGINE_DEATHS.name}[1h])) >= {limits.engine_deaths}",
             0,
             "warning",
-            "{{ $value }} engines of {{ $labels.job }} died within an hour.",
+            '{{ $value | printf "%.0f" }} engines of {{ $labels.job }} died within an hour.',
             "Engines are built anew, and their chunks go on; but what is being loaded answers nothing.",
             "Look at the log for EngineDied: out of memory wants a smaller budget (target_tokens_in_flight, "
             "gpu_memory_utilization) or a larger GPU; an XID of the driver wants another machine.",

@@ -59,8 +59,9 @@ def latencies(caller: str, **counts: str) -> dict[str, str]:
 
 CASES = [
     Case(
-        "FlyteBatchErrorRate", "a tenth of the records fails, after five minutes of it",
-        {RECORDS % "ok": "0+90x40", RECORDS % "failed": "0+10x40"}, fires=(15, 30), silent=(3,),
+        "FlyteBatchErrorRate", "a tenth of the records that were not taken back fails, after five minutes of it",
+        {RECORDS % "ok": "0+90x40", RECORDS % "failed": "0+10x40", RECORDS % "abandoned": "0+200x40"},
+        fires=(15, 30), silent=(3,),
         summary="10% of the records of pool fail.",
     ),
     Case(

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -449,6 +450,27 @@ async def test_scrapes_from_other_threads_see_counters_that_only_grow(registry: 
             shrunk = [key for key, number in earlier.items() if is_counter(key[0]) and later[key] < number]
             assert not shrunk
     assert of_batchers(scraped(registry)) == in_stats(total)
+
+
+def test_events_of_many_threads_are_all_counted_and_a_scrape_sees_whole_ones(
+    registry: Any,
+) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=emit, args=[chunk_done(10, 1)] * 2000) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            series = scraped(registry)
+            chunks, ok, failed = (value(series, f"flyte_batch_{name}_total", outcome=outcome) for name, outcome in ROWS)
+            assert (ok, failed) == (9 * (chunks or 0), chunks)
+    finally:
+        sys.setswitchinterval(before)
+    assert value(scraped(registry), "flyte_batch_chunks_total", outcome="done") == 8000
+
+
+ROWS = (("chunks", "done"), ("rows", "ok"), ("rows", "failed"))
 
 
 def is_counter(name: str) -> bool:
