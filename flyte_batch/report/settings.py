@@ -12,11 +12,11 @@ MASK = "(masked: its name or its form is that of a secret)"
 MOST_CHARACTERS = 2000
 
 _SECRET_NAME = re.compile(
-    r"(^|[_.\-\s])(api_?key|access_?key|secret|password|passwd|passphrase|credentials?|authorization|bearer|"
-    r"private_?key|token|auth)($|[_.\-\s])|secret_|_secret",
+    r"(^|[_.\-\s])((secrets?|passwords?|passwd|passphrase|credentials?|authorization|bearer|private_?key)($|[_.\-\s])|"
+    r"(api_?key|access_?key|key|token|auth)$)",
     re.IGNORECASE,
 )
-"""Not ``max_tokens``: a token alone is a secret, tokens are not."""
+"""``hf_token`` and ``secret_value``, but not ``max_tokens`` or ``stop_token_ids``."""
 _SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{16,}|xox[abprs]-[\w\-]{8,}|"
     r"eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]+)|-----BEGIN [A-Z ]*PRIVATE KEY|\w://[^/\s:@]+:[^/\s@]+@"

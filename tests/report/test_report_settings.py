@@ -29,7 +29,7 @@ def test_nested_settings_become_dotted_names_also_inside_texts_of_json() -> None
 @pytest.mark.parametrize(
     "name",
     ["api_key", "apiKey", "OPENAI_API_KEY", "hf_token", "token", "password", "db.password", "secret", "client_secret",
-     "aws-secret-access-key", "authorization", "credentials", "private_key"],
+     "aws-secret-access-key", "authorization", "credentials", "private_key", "secret_value", "db_password_file"],
 )  # fmt: skip
 def test_what_is_named_like_a_secret_is_masked_wherever_it_is(name: str) -> None:
     for settings in (
@@ -41,7 +41,10 @@ def test_what_is_named_like_a_secret_is_masked_wherever_it_is(name: str) -> None
         assert MASK in str(shown)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "prompt_tokens", "tokenizer", "author", "keyboard", "secretary"])
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "prompt_tokens", "stop_token_ids", "tokenizer", "author", "keyboard", "key_column", "secretary"],
+)
 def test_what_only_sounds_like_a_secret_is_shown(name: str) -> None:
     assert list(flat({name: 64})) == [(name, "64")]
 
