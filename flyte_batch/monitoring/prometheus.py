@@ -118,21 +118,16 @@ class _Counts:
 
 
 class _Batcher:
-    """A batcher's counters as they were told last.
+    """A batcher that is not known to have ended.
 
     Attributes:
         engine: class of its engine.
-        told: values of `_FROM_STATS`.
+        stats: at the last scrape; None before the first.
     """
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
-        self.told = [0.0] * len(_FROM_STATS)
-
-    def update(self, stats: Any) -> None:
-        """Never less than before: busy seconds may turn out to have been late ones, but a counter only grows."""
-        now = [value(stats) for _, _, value in _FROM_STATS]
-        self.told = [max(pair) for pair in zip(self.told, now, strict=True)]
+        self.stats: Any = None
 
 
 class _Run:
@@ -169,7 +164,8 @@ class PrometheusHook(Collector):
         self._chunks: set[ev.Scope] = set()
         self._runs: dict[ev.Scope, _Run] = {}
         self._batchers: dict[str, _Batcher] = {}
-        self._ended: dict[str, list[float]] = {}  # engine -> sums of the batchers that are no more
+        self._ended: dict[str, Any] = {}  # engine -> stats of the batchers that are no more, added up
+        self._told: dict[tuple[Metric, Labels], float] = {}  # counters of `_FROM_STATS` at the last scrape
         self._last_stats: deque[tuple[str, Any]] = (
             deque()
         )  # of batchers that went; appended to by the garbage collector
@@ -308,37 +304,38 @@ class PrometheusHook(Collector):
         known = self._batchers.get(batcher)
         return known.engine if known is not None else "unknown"
 
-    def _find_batchers(self) -> list[hooks.Batcher]:
-        """The batchers that are alive; of each its last figures will be had, without keeping it."""
-        alive = hooks.live_batchers()
-        for batcher in alive:
+    def _find_batchers(self) -> None:
+        """Know the batchers that are alive; of each its last figures will be had, without keeping it."""
+        for batcher in hooks.live_batchers():
             if batcher.id not in self._batchers:
                 self._batchers[batcher.id] = _Batcher(batcher.engine_name)
                 last = weakref.finalize(batcher, _bury, batcher.id, batcher.stats_source, self._last_stats)
                 last.atexit = False
-        return alive
 
-    def _read_batchers(self, into: _Counts) -> None:
-        alive = self._find_batchers()
+    def _read_batchers(self, alive: list[hooks.Batcher], into: _Counts) -> None:
+        self._find_batchers()
         for batcher in alive:
             known, stats = self._batchers[batcher.id], batcher.stats
-            known.update(stats)
+            known.stats = stats
             into.add(metrics.RECORDS_QUEUED, known.engine, number=stats.queued)
             into.add(metrics.RECORDS_RUNNING, known.engine, number=stats.running)
             into.add(metrics.BATCHERS_RUNNING, known.engine, number=batcher.is_running)
         while self._last_stats:
             batcher_id, stats = self._last_stats.popleft()
-            gone = self._batchers.pop(batcher_id)
-            gone.update(stats)
-            ended = self._ended.setdefault(gone.engine, [0.0] * len(_FROM_STATS))
-            self._ended[gone.engine] = [sum(pair) for pair in zip(ended, gone.told, strict=True)]
-        # A batcher that is being taken apart is neither alive nor ended yet: what it told last stands.
-        told = [*self._ended.items(), *((known.engine, known.told) for known in self._batchers.values())]
-        for engine, values in told:
+            engine = self._batchers.pop(batcher_id).engine
+            self._ended[engine] = self._ended.get(engine, 0) + stats
+        totals = dict(self._ended)
+        for known in self._batchers.values():
+            if known.stats is not None:  # of one that is just being taken apart what it said last
+                totals[known.engine] = totals.get(known.engine, 0) + known.stats
+        for engine, total in totals.items():
             for gauge in (metrics.RECORDS_QUEUED, metrics.RECORDS_RUNNING, metrics.BATCHERS_RUNNING):
                 into.add(gauge, engine, number=0)
-            for (metric, labels, _), value in zip(_FROM_STATS, values, strict=True):
-                into.add(metric, engine, *labels, number=value)
+            for metric, labels, value in _FROM_STATS:
+                # Never less than before: busy seconds may turn out to have been late ones, but a counter only grows.
+                key = metric, (engine, *labels)
+                self._told[key] = max(self._told.get(key, 0), value(total))
+                into.add(metric, engine, *labels, number=self._told[key])
 
     # -- Scrapes -------------------------------------------------------------
 
@@ -348,9 +345,10 @@ class PrometheusHook(Collector):
 
     def collect(self) -> Iterator[Family]:
         """The metrics at this moment, all of one moment."""
+        alive = hooks.live_batchers()  # kept until the lock is free: the end of one that is let go here may take long
         with self._lock:
             counts = self._counts.copy()
-            self._read_batchers(counts)
+            self._read_batchers(alive, counts)
             runs = list(self._runs.values())
             counts.add(metrics.CHUNKS_RUNNING, number=len(self._chunks))
             counts.add(metrics.RUNS_RUNNING, number=sum(not run.is_over for run in runs))
