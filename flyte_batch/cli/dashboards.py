@@ -11,7 +11,7 @@ import click
 from flyte_batch.errors import BadInput
 from flyte_batch.monitoring.alerts import Thresholds, rules
 from flyte_batch.monitoring.grafana import dashboard
-from flyte_batch.monitoring.metrics import table
+from flyte_batch.monitoring.metrics import page
 
 
 def _threshold_options(function: Any) -> Any:
@@ -37,7 +37,7 @@ def _threshold_options(function: Any) -> Any:
 def command(output: Path, **thresholds: Any) -> None:
     """Write the Grafana dashboard and the Prometheus alert rules, with a list of the metrics that they use."""
     try:
-        files = {"dashboard.json": dashboard(), "alerts.yml": rules(Thresholds(**thresholds)), "metrics.md": table()}
+        files = {"dashboard.json": dashboard(), "alerts.yml": rules(Thresholds(**thresholds)), "metrics.md": page()}
     except BadInput as error:
         raise click.UsageError(str(error)) from error
     try:

@@ -171,9 +171,13 @@ BUILD_INFO = _gauge("build_info", "Always 1; its labels say what runs.", "versio
 METRICS: tuple[Metric, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 
 
-def table() -> str:
-    """All metrics as a table in Markdown."""
+def page() -> str:
+    """All metrics as a page in Markdown."""
     lines = [
+        "# Metrics",
+        "",
+        "What each process tells Prometheus. Written by `flyte batch dashboards`, which knows them from the code.",
+        "",
         "| metric | kind | labels | what it says |",
         "|---|---|---|---|",
         *(f"| `{each.name}` | {each.kind} | {', '.join(each.labels)} | {each.help} |" for each in METRICS),
