@@ -23,7 +23,7 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     """Make a run's report again: OUTPUT is the folder or URI of its parts, finished or not."""
     from flyte_batch.data import storage
     from flyte_batch.report.answer import summary
-    from flyte_batch.report.keeper import PAGE_FILE
+    from flyte_batch.report.keeper import PAGE_FILE, detailed
     from flyte_batch.report.left_behind import logs_of
     from flyte_batch.report.page import render_page
     from flyte_batch.report.samples import sample_answers
@@ -31,6 +31,7 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     try:
         folder = storage.locate(output)
         logs = logs_of(folder)
+        about = detailed(logs)
         page = storage.locate(html) if html is not None else folder.child(PAGE_FILE)
         content = render_page(logs, sample_answers(folder, logs[-1])).encode()
         try:
@@ -40,24 +41,24 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     except (BadInput, OSError) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps(_figures(logs[-1]) | {"report": page.uri}, indent=1))
+        click.echo(json.dumps(_figures(logs[-1], about) | {"report": page.uri}, indent=1))
     else:
-        for line in (*summary(logs[-1]), f"report: {page.uri}"):
+        for line in (*summary(logs[-1], about), f"report: {page.uri}"):
             click.echo(line)
     if show:
         click.launch(page.uri)
 
 
-def _figures(log: RunLog) -> dict[str, Any]:
-    """The answer for programs; times in seconds."""
+def _figures(last: RunLog, log: RunLog) -> dict[str, Any]:
+    """The answer for programs: how the last run ended, and the figures of ``log``; times in seconds."""
     from flyte_batch.monitoring import gpu
     from flyte_batch.report.advice import advise
     from flyte_batch.report.answer import knows_times, tokens_done
 
     energy_j = gpu.energy_j(gpu.gpu_totals(log.gpus))
     return {
-        "outcome": log.outcome,
-        "error": log.error,
+        "outcome": last.outcome,
+        "error": last.error,
         "rows": log.rows,
         "failures": log.failures,
         "causes": log.causes,

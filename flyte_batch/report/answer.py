@@ -118,10 +118,9 @@ def tokens_done(log: RunLog) -> int:
     return sum(chunk.prompt_tokens + chunk.response_tokens for chunk in log.chunks)
 
 
-def summary(log: RunLog) -> list[str]:
-    """The answer as five lines of text."""
-    shares = log.time_shares()
-    lines = {figure.name: figure for figure in figures(log, shares)}
+def summary(last: RunLog, about: RunLog) -> list[str]:
+    """The answer as at most five lines of text: how ``last`` ended, and the figures of ``about``."""
+    lines = {figure.name: figure for figure in figures(about, about.time_shares())}
 
     def line(*names: str) -> str:
         return "; ".join(
@@ -131,7 +130,7 @@ def summary(log: RunLog) -> list[str]:
         )
 
     found = [
-        f"{status(log)}: {sentence(log, shares)}",
+        f"{status(last)}: {sentence(last, last.time_shares())}",
         line("Rows", "Failures"),
         line("Time", "Utilisation"),
         line("Rows a second", "Tokens a second", "Tokens"),

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from flyte_batch.report.run_log import RunLog, logs_from_json, logs_to_json
+from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 
 if TYPE_CHECKING:
     from flyte_batch.data.storage import Location
@@ -156,7 +156,7 @@ class _Files:
 
 
 def earlier_logs(folder: Location) -> list[RunLog]:
-    """The logs of earlier runs over an output, without what only their own reports need; none that can't be read."""
+    """The logs of earlier runs over an output, all but the last that did something cut to their sums."""
     from flyte_batch.data import storage
 
     try:
@@ -166,10 +166,41 @@ def earlier_logs(folder: Location) -> list[RunLog]:
     except ValueError as error:
         logger.warning("what earlier runs left in %s is not kept: %s", folder.child(LOG_FILE), error)
         return []
-    for log in logs:
-        for engine in log.engines.values():
-            del engine.samples[1:-1]
-    return logs[-(MOST_RUNS - 1) :]
+    logs = logs[-(MOST_RUNS - 1) :]
+    whole = _busy(logs)
+    return [log if log is whole else _sums(log) for log in logs]
+
+
+def detailed(logs: Sequence[RunLog]) -> RunLog:
+    """The run to tell of: the last one; if that found nothing to do, the last that did something."""
+    last = logs[-1]
+    return last if last.outcome != "done" else _busy(logs) or last
+
+
+def _busy(logs: Sequence[RunLog]) -> RunLog | None:
+    """The last run that heard of a chunk."""
+    return next((log for log in reversed(logs) if log.chunks), None)
+
+
+def _sums(log: RunLog) -> RunLog:
+    """The log with one chunk for each engine, which has the sums of its chunks."""
+    chunks: dict[str, ChunkEntry] = {}
+    for each in log.chunks:
+        if not each.error:
+            known = chunks.get(each.batcher, ChunkEntry(each.index, 0, 0, 0, 0, each.batcher, each.started, each.ended))
+            chunks[each.batcher] = replace(
+                known,
+                rows=known.rows + each.rows,
+                failures=known.failures + each.failures,
+                prompt_tokens=known.prompt_tokens + each.prompt_tokens,
+                response_tokens=known.response_tokens + each.response_tokens,
+                ended=each.ended,
+            )
+    engines = {
+        batcher: replace(engine, samples=[*engine.samples[:1], *engine.samples[1:][-1:]])
+        for batcher, engine in log.engines.items()
+    }
+    return replace(log, chunks=list(chunks.values()), engines=engines, examples=[], stalls=[])
 
 
 def _snapshot(log: RunLog) -> RunLog:

@@ -21,6 +21,7 @@ from flyte_batch.report import charts, formats
 from flyte_batch.report.advice import Advice, advise, mean_fill, measured_rows_per_s, replicas_seen, too_short
 from flyte_batch.report.answer import Figure, figures, knows_times, sentence, status, tokens_done
 from flyte_batch.report.formats import count, cut, moment, number, percent, plural, seconds, size
+from flyte_batch.report.keeper import detailed
 from flyte_batch.report.run_log import ChunkEntry, EngineLog, RunLog, TimeShares
 from flyte_batch.report.samples import SampleAnswer
 from flyte_batch.report.settings import flat
@@ -81,10 +82,11 @@ class Replica:
 
 @dataclass(frozen=True)
 class Report:
-    """What the templates show, in its order."""
+    """What the templates show, in its order: how ``log`` ended, and all else of ``about``."""
 
     title: str
     log: RunLog
+    about: RunLog
     status: str
     sentence: str
     progress: float | None
@@ -126,7 +128,8 @@ def render_page(logs: Sequence[RunLog], samples: Sequence[SampleAnswer] = ()) ->
     """The report as a document.
 
     Args:
-        logs: of the runs over one output, at least one; the report is about the last.
+        logs: of the runs over one output, at least one; the report is about the last. If that had nothing to do, it
+            says so, and shows the last that did something.
         samples: answers to show.
     """
     return _template("page.html").render(report=make_report(logs, samples), style=_style(), page=True)
@@ -163,7 +166,8 @@ def _style() -> Markup:
 
 def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Report:
     """Everything that the templates show."""
-    log = logs[-1]
+    last = logs[-1]
+    log = detailed(logs)
     at = edges(log.started, log.ended) if knows_times(log) else ()
     by_process: dict[str, list[EngineLog]] = {}
     for engine in sorted(log.engines.values(), key=lambda each: each.started):
@@ -179,11 +183,12 @@ def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Repo
     advice = advise(log)
     slowest, failed = _chunk_tables(log)
     return Report(
-        title=f"{status(log)}: {log.output.rstrip('/').rpartition('/')[2]}",
-        log=log,
-        status=status(log),
-        sentence=sentence(log, shares),
-        progress=log.rows / log.plan.rows if log.outcome == "running" and log.plan.rows else None,
+        title=f"{status(last)}: {last.output.rstrip('/').rpartition('/')[2]}",
+        log=last,
+        about=log,
+        status=status(last),
+        sentence=sentence(last, shares if last is log else last.time_shares()),
+        progress=last.rows / last.plan.rows if last.outcome == "running" and last.plan.rows else None,
         figures=figures(log, shares),
         knows_times=knows_times(log),
         shares=_shares_chart(shares),

@@ -14,9 +14,10 @@ from pyarrow import fs as pafs
 from flyte_batch.data import storage
 from flyte_batch.data.storage import Location
 from flyte_batch.report import keeper
+from flyte_batch.report.answer import tokens_done
 from flyte_batch.report.keeper import LOG_FILE, MOST_RUNS, PAGE_FILE, ReportKeeper, pause_s
-from flyte_batch.report.run_log import RunLog, logs_from_json, logs_to_json
-from tests.report.logs import STARTED, make_log
+from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
+from tests.report.logs import STARTED, make_log, with_stalls
 from tests.report.parsing import parse
 
 
@@ -88,12 +89,13 @@ async def test_the_module_publishes_for_keepers_that_are_given_nothing(
     assert len(shown.fragments) == 1
 
 
-async def test_earlier_runs_are_kept_without_what_only_their_report_needs(tmp_path: Path) -> None:
+async def test_earlier_runs_are_kept_the_last_one_whole_and_of_others_their_sums(tmp_path: Path) -> None:
     earlier = []
     for index in range(MOST_RUNS + 5):
-        log = make_log(started=STARTED + index)
+        log = with_stalls(make_log(started=STARTED + index), ("f (a.py:1)", 1.5))
         engine = log.engines["batcher-0"]
         engine.samples.insert(1, engine.samples[0])
+        log.chunks.append(ChunkEntry(90, 100, 0, 0, 0, error="EngineDead"))
         earlier.append(log)
     (tmp_path / LOG_FILE).write_bytes(logs_to_json(earlier))
     log = running_log()
@@ -101,10 +103,25 @@ async def test_earlier_runs_are_kept_without_what_only_their_report_needs(tmp_pa
         finish(log)
     logs = kept(tmp_path)
     assert [each.started for each in logs[:-1]] == [STARTED + index for index in range(6, MOST_RUNS + 5)]
-    assert logs[-1] == log
+    assert logs[-2:] == [earlier[-1], log]
     assert len(logs) == MOST_RUNS
-    assert logs[0].time_shares() == make_log().time_shares()
-    assert len(logs[0].engines["batcher-0"].samples) == 2
+    first, whole = logs[0], earlier[6]
+    for name in ("rows", "rows_done", "failures", "causes", "seconds", "replica_seconds"):
+        assert getattr(first, name) == getattr(whole, name), name
+    assert tokens_done(first) == tokens_done(whole)
+    assert first.time_shares().busy == whole.time_shares().busy
+    assert (len(first.chunks), len(first.engines["batcher-0"].samples), first.stalls) == (2, 2, [])
+
+
+async def test_a_run_that_had_nothing_to_do_costs_the_one_before_nothing(tmp_path: Path) -> None:
+    done = make_log()
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([done]))
+    for _ in range(2):
+        log = make_log(replicas=0, started=time.time() - 1, ended=time.time())
+        async with ReportKeeper(log, storage.locate(tmp_path)):
+            pass
+    assert kept(tmp_path)[0] == done
+    assert parse((tmp_path / PAGE_FILE).read_text()).table("All replicas over time")
 
 
 async def test_a_broken_log_of_earlier_runs_is_a_warning_and_replaced(

@@ -187,6 +187,21 @@ def test_a_run_that_had_nothing_to_do_says_so() -> None:
     assert "Nothing to advise on." in root.text
 
 
+def test_below_a_run_that_had_nothing_to_do_stands_the_one_that_did_it() -> None:
+    idle = make_log(replicas=0, started=STARTED + 900, ended=STARTED + 901, plan=make_plan(rows_reused=8_000))
+    idle.count(8_000, 0, 160_000, 80_000, {}, {24: 8_000}, {12: 8_000})
+    root = page(make_log(), idle, idle)
+    assert heading(root) == "Nothing was left to do: earlier runs had done all 8,000 rows; none failed."
+    assert "the last run that did something; it began 2026-11-18 11:06:40 UTC" in root.text
+    assert root.figures()["Utilisation"] == ("90%", "3 min busy of 3 min 20 s")
+    assert root.table("All replicas over time")
+    assert len(root.table("Earlier runs over this output")) == 3
+    idle.outcome = "running"  # what it will do is not known yet
+    root = page(make_log(), idle)
+    assert "All replicas over time" not in root.text
+    assert "the last run that did something" not in root.text
+
+
 def test_a_log_made_of_parts_alone_claims_no_times() -> None:
     log = make_log(replicas=0, started=0.0, ended=0.0, outcome="unfinished", plan=make_plan(rows=100, chunks=2))
     log.count(100, 5, 2_000, 900, {"BadRecord": 5}, {24: 95}, {12: 95})
