@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyte_batch.report.advice import Advice, advise, measured_rows_per_s
@@ -174,6 +174,7 @@ _CHANGE = re.compile(r"from ([\d,]+) to ([\d,]+)")
 _INSTEAD = re.compile(r"(\d+) instead of (\d+)")
 
 
+@settings(deadline=None)
 @given(
     time=st.fixed_dictionaries(dict.fromkeys(("busy", "loading", "starved", "assembling", "late", "tail"), SECONDS)),
     replicas=st.integers(1, 5),

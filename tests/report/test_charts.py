@@ -7,7 +7,7 @@ from collections.abc import Callable
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
@@ -58,6 +58,7 @@ def assert_sound(drawing: Markup, title: str, description: str) -> ElementTree.E
     return root
 
 
+@settings(deadline=None)
 @given(VALUES, st.floats(0, 1e12), TEXT, TEXT)
 def test_any_values_make_a_sound_drawing(values: list[float | None], top: float, title: str, description: str) -> None:
     known = [value for value in values if value is not None]
@@ -115,6 +116,7 @@ def test_an_axis_ends_at_a_round_number(values: list[float | None], top: float) 
     assert charts.nice_top(values) == pytest.approx(top)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_an_axis_holds_all_values_and_wastes_less_than_half(values: list[float | None]) -> None:
     top = charts.nice_top(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyte_batch.report.settings import MASK, MOST_CHARACTERS, flat
@@ -70,6 +70,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=10), JSON, max_size=5))
 def test_any_settings_can_be_shown(settings: dict[str, object]) -> None:
     assert len(list(flat(settings))) >= len(settings)

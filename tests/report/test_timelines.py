@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyte_batch.monitoring.details import Sample
@@ -31,6 +31,7 @@ def engines(draw: st.DrawFn) -> EngineLog:
     return engine(samples, draw(st.sampled_from(["one", "two"])))
 
 
+@settings(deadline=None)
 @given(st.lists(engines(), max_size=3), st.integers(1, 60))
 def test_slices_add_up_to_what_the_engines_counted(logs: list[EngineLog], most: int) -> None:
     end = max((log.samples[-1].at for log in logs), default=1.0)
@@ -49,6 +50,7 @@ def test_slices_add_up_to_what_the_engines_counted(logs: list[EngineLog], most: 
     assert busy == pytest.approx(sum(log.samples[-1].busy_s for log in logs), rel=1e-6, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50), st.integers(0, 10**6)), max_size=20), st.floats(0.5, 60))
 def test_token_rates_add_up_to_the_chunks_tokens(chunks: list[tuple[float, float, int]], length: float) -> None:
     at = edges(0.0, length)
