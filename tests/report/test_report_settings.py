@@ -32,11 +32,11 @@ def test_nested_settings_become_dotted_names_also_inside_texts_of_json() -> None
      "aws-secret-access-key", "authorization", "credentials", "private_key", "secret_value", "db_password_file"],
 )  # fmt: skip
 def test_what_is_named_like_a_secret_is_masked_wherever_it_is(name: str) -> None:
-    for settings in (
+    for given_settings in (
         {name: "abc123"}, {"options": {name: "abc123"}}, {"options": json.dumps({name: "abc123"})},
         {name: {"inner": "abc123"}}, {"list": [{"deep": {name: "abc123"}}]},
     ):  # fmt: skip
-        shown = list(flat(settings))
+        shown = list(flat(given_settings))
         assert "abc123" not in str(shown)
         assert MASK in str(shown)
 
