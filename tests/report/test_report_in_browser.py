@@ -22,6 +22,8 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the e
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
+A4_WIDTH = 703
+"""Pixels of CSS between the margins of a printed page."""
 LONG = "wrörd" * 200
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 SAMPLES = [
@@ -199,11 +201,13 @@ def test_it_prints_on_white_without_navigation(scheme: str, browser: Any, tmp_pa
         assert pdf.startswith(b"%PDF-")
         assert 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 12
         opened.page.emulate_media(media="print", color_scheme=scheme)
+        opened.page.set_viewport_size({"width": A4_WIDTH, "height": 1000})
+        assert opened.width <= A4_WIDTH
         assert opened.page.get_by_role("navigation").count() == 0
         style = "getComputedStyle(document.querySelector('.fb-report'))"
-        assert opened.page.evaluate(f"[{style}.backgroundColor, {style}.color]") == [
-            "rgb(255, 255, 255)", "rgb(26, 31, 38)",
-        ]  # fmt: skip
+        body = "getComputedStyle(document.body)"
+        colours = opened.page.evaluate(f"[{body}.backgroundColor, {style}.backgroundColor, {style}.color]")
+        assert colours == ["rgb(255, 255, 255)", "rgb(255, 255, 255)", "rgb(26, 31, 38)"]
 
 
 def flyte_page(*tabs: str) -> str:
