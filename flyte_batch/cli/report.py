@@ -23,8 +23,8 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     """Make a run's report again: OUTPUT is the folder or URI of its parts, finished or not."""
     from flyte_batch.data import storage
     from flyte_batch.report.answer import summary
-    from flyte_batch.report.keeper import PAGE_FILE, detailed
-    from flyte_batch.report.left_behind import logs_of
+    from flyte_batch.report.history import detailed, logs_of
+    from flyte_batch.report.keeper import PAGE_FILE
     from flyte_batch.report.page import render_page
     from flyte_batch.report.samples import sample_answers
 

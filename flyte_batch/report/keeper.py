@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
+from flyte_batch.report.history import LOG_FILE, MOST_RUNS, earlier_logs
+from flyte_batch.report.run_log import RunLog, logs_to_json
 
 if TYPE_CHECKING:
     from flyte_batch.data.storage import Location
@@ -24,7 +25,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "_report.json"
 PAGE_FILE = "_report.html"
 
 EVERY_S = 10.0
@@ -33,8 +33,6 @@ MOST_SHARE = 0.05
 """Of the time, for rendering, writing and publishing."""
 PATIENCE_S = 5.0
 """Longest that the end of a run waits for its report."""
-MOST_RUNS = 20
-"""Over one output, this one included; of earlier ones less is kept."""
 
 Publish = Callable[[str], Awaitable[None]]
 """Shows a fragment of HTML in place of the one before."""
@@ -144,7 +142,7 @@ class _Files:
                 return ""
             self._written = log.ended
             if self._earlier is None:
-                self._earlier = earlier_logs(self._folder)
+                self._earlier = earlier_logs(self._folder, MOST_RUNS - 1)
             logs = [*self._earlier, log]
             storage.write_atomically(self._folder.child(LOG_FILE), logs_to_json(logs))
             if len(self._samples) < SAMPLES and (published or last):
@@ -153,54 +151,6 @@ class _Files:
                 page = render_page(logs, self._samples)
                 storage.write_atomically(self._folder.child(PAGE_FILE), page.encode())
             return render_fragment(logs, self._samples) if published else ""
-
-
-def earlier_logs(folder: Location) -> list[RunLog]:
-    """The logs of earlier runs over an output, all but the last that did something cut to their sums."""
-    from flyte_batch.data import storage
-
-    try:
-        logs = logs_from_json(storage.read_bytes(folder.child(LOG_FILE)))
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        logger.warning("what earlier runs left in %s is not kept: %s", folder.child(LOG_FILE), error)
-        return []
-    logs = logs[-(MOST_RUNS - 1) :]
-    whole = _busy(logs)
-    return [log if log is whole else _sums(log) for log in logs]
-
-
-def detailed(logs: Sequence[RunLog]) -> RunLog:
-    """The run to tell of: the last one; if that found nothing to do, the last that did something."""
-    last = logs[-1]
-    return last if last.outcome != "done" else _busy(logs) or last
-
-
-def _busy(logs: Sequence[RunLog]) -> RunLog | None:
-    """The last run that heard of a chunk."""
-    return next((log for log in reversed(logs) if log.chunks), None)
-
-
-def _sums(log: RunLog) -> RunLog:
-    """The log with one chunk for each engine, which has the sums of its chunks."""
-    chunks: dict[str, ChunkEntry] = {}
-    for each in log.chunks:
-        if not each.error:
-            known = chunks.get(each.batcher, ChunkEntry(each.index, 0, 0, 0, 0, each.batcher, each.started, each.ended))
-            chunks[each.batcher] = replace(
-                known,
-                rows=known.rows + each.rows,
-                failures=known.failures + each.failures,
-                prompt_tokens=known.prompt_tokens + each.prompt_tokens,
-                response_tokens=known.response_tokens + each.response_tokens,
-                ended=each.ended,
-            )
-    engines = {
-        batcher: replace(engine, samples=[*engine.samples[:1], *engine.samples[1:][-1:]])
-        for batcher, engine in log.engines.items()
-    }
-    return replace(log, chunks=list(chunks.values()), engines=engines, examples=[], stalls=[])
 
 
 def _snapshot(log: RunLog) -> RunLog:

@@ -21,7 +21,7 @@ from flyte_batch.report import charts, formats
 from flyte_batch.report.advice import Advice, advise, mean_fill, measured_rows_per_s, replicas_seen, too_short
 from flyte_batch.report.answer import Figure, figures, knows_times, sentence, status, tokens_done
 from flyte_batch.report.formats import count, cut, moment, number, percent, plural, seconds, size
-from flyte_batch.report.keeper import detailed
+from flyte_batch.report.history import detailed
 from flyte_batch.report.run_log import ChunkEntry, EngineLog, RunLog, TimeShares
 from flyte_batch.report.samples import SampleAnswer
 from flyte_batch.report.settings import flat

@@ -15,7 +15,8 @@ from flyte_batch.data import storage
 from flyte_batch.data.storage import Location
 from flyte_batch.report import keeper
 from flyte_batch.report.answer import tokens_done
-from flyte_batch.report.keeper import LOG_FILE, MOST_RUNS, PAGE_FILE, ReportKeeper, pause_s
+from flyte_batch.report.history import LOG_FILE, MOST_RUNS
+from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper, pause_s
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from tests.report.logs import STARTED, make_log, with_stalls
 from tests.report.parsing import parse

@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 import flyte_batch as fb
 from flyte_batch.cli.report import command
 from flyte_batch.data.manifest import MANIFEST_FILE
-from flyte_batch.report.keeper import LOG_FILE, PAGE_FILE
-from flyte_batch.report.left_behind import SILENT_S
+from flyte_batch.report.history import LOG_FILE, SILENT_S
+from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
 from flyte_batch.singletons import close_all
 from tests.helpers import ENVIRONMENT, FLYTE, ROOT, write_jsonl
@@ -149,7 +149,14 @@ async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"[]", b'{"format_version": 99, "runs": []}', b'{"format_version": 1, "runs": [{}]}']
+    "content",
+    [
+        b"{",
+        b"[]",
+        b'{"format_version": 99, "runs": []}',
+        b'{"format_version": 1, "runs": [{}]}',
+        b'{"format_version": 1, "runs": []}',
+    ],
 )
 async def test_a_broken_log_is_told_and_the_parts_are_used(
     tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture

@@ -13,7 +13,8 @@ from pyarrow import fs as pafs
 
 from flyte_batch.cli.report import command
 from flyte_batch.data import storage
-from flyte_batch.report.keeper import LOG_FILE, PAGE_FILE, ReportKeeper
+from flyte_batch.report.history import LOG_FILE
+from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper
 from flyte_batch.report.run_log import logs_from_json
 from tests.report.logs import make_log
 from tests.report.parsing import parse

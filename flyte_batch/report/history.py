@@ -1,27 +1,89 @@
-"""What a run left behind, read again: its log, or what the parts alone say."""
+"""The logs of the runs over an output: which are kept, and what there is to read where there is none."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flyte_batch.errors import BadInput
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
-from flyte_batch.report.keeper import LOG_FILE
-from flyte_batch.report.run_log import Plan, RunLog, logs_from_json
+from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, logs_from_json
 
 if TYPE_CHECKING:
     from flyte_batch.data.storage import Location
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "_report.json"
+
+MOST_RUNS = 20
+"""Over one output; of all but the last that did something less is kept."""
+
 SILENT_S = 120.0
 """A run that wrote no log for so long is not taken to be running any more."""
 
 _FOOTERS_AT_ONCE = 16
+
+
+def earlier_logs(folder: Location, most: int) -> list[RunLog]:
+    """The logs of earlier runs over an output, all but the last that did something cut to their sums.
+
+    Args:
+        folder: the output.
+        most: of them, the last ones.
+
+    Raises:
+        OSError, BadInput: the storage can't be read.
+    """
+    from flyte_batch.data import storage
+
+    try:
+        data = storage.read_bytes(folder.child(LOG_FILE))
+    except FileNotFoundError:
+        return []
+    try:
+        logs = logs_from_json(data)[-most:]
+    except ValueError as error:
+        logger.warning("what earlier runs left in %s is not kept: %s", folder.child(LOG_FILE), error)
+        return []
+    whole = _busy(logs)
+    return [log if log is whole else _sums(log) for log in logs]
+
+
+def detailed(logs: Sequence[RunLog]) -> RunLog:
+    """The run to tell of: the last one; if that found nothing to do, the last that did something."""
+    last = logs[-1]
+    return last if last.outcome != "done" else _busy(logs) or last
+
+
+def _busy(logs: Sequence[RunLog]) -> RunLog | None:
+    """The last run that heard of a chunk."""
+    return next((log for log in reversed(logs) if log.chunks), None)
+
+
+def _sums(log: RunLog) -> RunLog:
+    """The log with one chunk for each engine, which has the sums of its chunks."""
+    chunks: dict[str, ChunkEntry] = {}
+    for each in log.chunks:
+        if not each.error:
+            known = chunks.get(each.batcher, ChunkEntry(each.index, 0, 0, 0, 0, each.batcher, each.started, each.ended))
+            chunks[each.batcher] = replace(
+                known,
+                rows=known.rows + each.rows,
+                failures=known.failures + each.failures,
+                prompt_tokens=known.prompt_tokens + each.prompt_tokens,
+                response_tokens=known.response_tokens + each.response_tokens,
+                ended=each.ended,
+            )
+    engines = {
+        batcher: replace(engine, samples=[*engine.samples[:1], *engine.samples[1:][-1:]])
+        for batcher, engine in log.engines.items()
+    }
+    return replace(log, chunks=list(chunks.values()), engines=engines, examples=[], stalls=[])
 
 
 def logs_of(folder: Location) -> list[RunLog]:
@@ -40,15 +102,15 @@ def logs_of(folder: Location) -> list[RunLog]:
         raise BadInput(f"{folder} is {'a file, no folder' if found else 'not there'}: give the --output of a run")
     location = folder.child(LOG_FILE)
     try:
-        logs = logs_from_json(storage.read_bytes(location))
+        data = storage.read_bytes(location)
     except FileNotFoundError:
-        logs = []
+        return [log_of_parts(folder)]
+    try:
+        *earlier, last = logs_from_json(data)
     except ValueError as error:
         logger.warning("%s can't be understood (%s); the report is made from the parts", location, error)
-        logs = []
-    if not logs:
         return [log_of_parts(folder)]
-    return [*logs[:-1], _ended(logs[-1])]
+    return [*earlier, _ended(last)]
 
 
 def _ended(log: RunLog) -> RunLog:
