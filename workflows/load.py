@@ -95,7 +95,7 @@ async def main(
     p99_ms: float = 2000.0,
     max_error_rate: float = 0.001,
     min_availability: float = 0.999,
-    max_batch_size: int = 32,
+    max_batch_size: int = 64,
     batch_timeout_s: float = 0.005,
     max_queue_size: int = 256,
 ) -> LoadReport:

@@ -43,7 +43,7 @@ from flyte_batch.singletons import close_all, singleton
 @click.option("--p99_ms", default=2000.0, show_default=True, help="99% of the latencies must be below.")
 @click.option("--max_error_rate", default=0.001, show_default=True, help="The share of errors must be below.")
 @click.option("--min_availability", default=0.999, show_default=True, help="The share that is served must be above.")
-@click.option("--max_batch_size", default=32, show_default=True, help="Most prompts in a batch.")
+@click.option("--max_batch_size", default=64, show_default=True, help="Most prompts in a batch.")
 @click.option("--batch_timeout_s", default=0.005, show_default=True, help="A lone prompt waits so long for others.")
 @click.option("--max_queue_size", default=256, show_default=True, help="Most prompts that wait; others are rejected.")
 @click.option("--output", help="Write the report, as JSON, here.")
