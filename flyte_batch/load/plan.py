@@ -31,7 +31,8 @@ class InteractiveBatching:
 
     Attributes:
         max_batch_size: most records in a batch, for engines that take batches. A record waits for the batch before its
-            own and then for its own: so the time of two batches must be well below the p99 that is wanted. CTranslate2 takes 32 on each core.
+            own and then for its own: so the time of two batches must be well below the p99 that is wanted. CTranslate2
+            takes 32 on each core.
         batch_timeout_s: seconds that a lone record waits for company on a free device. Under load batches fill while
             the device is busy, without it.
         max_queue_size: most records that wait: what the device answers in the p99 that is wanted, or less.
