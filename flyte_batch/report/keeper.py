@@ -105,8 +105,6 @@ class ReportKeeper:
             fragment = await _on_thread(self._files.write, _snapshot(self._log), self._publish is not None, last)
             if self._publish is not None and fragment:
                 await self._publish(fragment)
-        except TimeoutError:
-            raise
         except Exception as error:
             self._warn(f"{type(error).__name__}: {error}")
 

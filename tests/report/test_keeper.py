@@ -136,12 +136,15 @@ async def test_a_broken_log_of_earlier_runs_is_a_warning_and_replaced(
     assert "what earlier runs left" in caplog.text
 
 
-async def test_whatever_fails_is_one_warning_and_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no UI today"), TimeoutError("no UI today"), OSError("no UI today")])
+async def test_whatever_fails_is_one_warning_and_no_error(
+    error: Exception, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shown = Shown()
 
     async def broken(fragment: str) -> None:
         await shown(fragment)
-        raise RuntimeError("no UI today")
+        raise error
 
     log = running_log()
     async with ReportKeeper(log, storage.locate(tmp_path), broken, every_s=0.01):
@@ -149,7 +152,7 @@ async def test_whatever_fails_is_one_warning_and_no_error(tmp_path: Path, caplog
             await shown.wait()
         finish(log)
     assert [record.getMessage() for record in caplog.records] == [
-        "the run's report is not up to date: RuntimeError: no UI today"
+        f"the run's report is not up to date: {type(error).__name__}: no UI today"
     ]
     assert kept(tmp_path) == [log]
 
@@ -241,6 +244,19 @@ async def test_an_error_of_the_body_passes_through(tmp_path: Path) -> None:
 
     with pytest.raises(ZeroDivisionError):
         await work()
+    assert kept(tmp_path) == [log]
+
+
+async def test_where_no_thread_can_be_started_any_more_the_report_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path)):
+        finish(log)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
     assert kept(tmp_path) == [log]
 
 
