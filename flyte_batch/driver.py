@@ -27,7 +27,7 @@ from flyte_batch.monitoring.hooks import emit
 from flyte_batch.monitoring.scope import new_scope
 from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
-from flyte_batch.progress import ProgressMode, RunView
+from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.replica import check_driver
 from flyte_batch.report.keeper import ReportKeeper
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, versions
@@ -147,6 +147,7 @@ async def run(
     from flyte_batch.data.sources import open_source
 
     started, began_at = time.monotonic(), time.time()
+    check_mode(progress)
     _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit, rows_per_s, price_per_hour)
     attach_backends()
     check_driver(run_chunk)
@@ -311,6 +312,7 @@ class _FanOut:
             async for chunk, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     self._heard_of_failure(chunk, outcome)
+                    view.refresh()
                     failed.append(_FailedChunk(chunk, outcome))
                     own = sum(not each.may_be_anothers for each in failed)
                     if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:

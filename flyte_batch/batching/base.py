@@ -721,8 +721,8 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         failures = 0
         if any(issubclass(kind, BaseException) for kind in set(map(type, outcomes))):
             failures = sum(isinstance(outcome, BaseException) for outcome in outcomes)
+        self._meter.failed += failures  # first: another thread may read meanwhile, and takes the rest for answered
         self._meter.completed += len(batch)
-        self._meter.failed += failures
         batch.deliver(outcomes, failures)
         return failures
 

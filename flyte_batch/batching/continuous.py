@@ -282,6 +282,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:
                 self._settle(flight.batch, [error])
+                self._tell(flight, [error], 1, fill)
             self._end(error)
             return
         if error is None and not self._turned_away:
@@ -302,11 +303,16 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
             records=1, cost=flight.cost, record_cost=flight.cost, padded_cost=flight.cost, fill=fill
         )
         failures = self._settle(batch, [outcome])
-        if hooks.is_anybody_listening():
-            self._teller.settled(batch, [outcome], failures)
-            self._teller.landed(flight.started_at, flight.cost, fill)
+        self._tell(flight, [outcome], failures, fill)
         if isinstance(outcome, Completion) and isinstance(outcome.response_tokens, int):
             self._lengths.observe(self._prompt_tokens(flight.record), outcome.response_tokens)
+
+    def _tell(
+        self, flight: _Flight[RecordT], outcome: list[Completion | BaseException], failures: int, fill: float
+    ) -> None:
+        if hooks.is_anybody_listening():
+            self._teller.settled(flight.batch, outcome, failures)
+            self._teller.landed(flight.started_at, flight.cost, fill)
 
     def _make_do_with_less(self, flight: _Flight[RecordT]) -> bool:
         """The engine had no memory for this record: whether there is a chance with fewer others beside it."""

@@ -174,12 +174,14 @@ async def test_an_engines_start_and_death_are_told_with_what_was_lost(kind: int,
     batcher = batchers(dies_after=0)[kind]()
     await batcher.start()
     with pytest.raises((fb.EngineDead, fb.BatcherDied)):
-        await batcher.map([batcher.engine.prepare(fb.Prompt("one"))])
+        await batcher.map([batcher.engine.prepare(fb.Prompt("one")) for _ in range(5)])
+    await asyncio.sleep(0)
     await asyncio.sleep(0)
     (started,) = heard.of(events.EngineStarted)
     (died,) = heard.of(events.EngineDied)
     assert (started.batcher, started.engine) == (batcher.id, type(batcher.engine).__name__)
     assert (died.batcher, died.error) == (batcher.id, "EngineDead")
+    assert died.lost + sum(heard.by_scope().values()) == 5
     assert batcher in hooks.live_batchers()
     await batcher.stop()
 

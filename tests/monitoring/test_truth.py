@@ -26,8 +26,7 @@ pytest.importorskip("flyteplugins.otel")
 pytest.importorskip("ctranslate2")
 
 from tests.monitoring.otlp_collector import collecting
-from tests.monitoring.test_prometheus_push import Gateway
-from tests.monitoring.tools import value
+from tests.monitoring.tools import Gateway, value
 
 ROWS, EMPTY, LONG = 900, 7, 3
 

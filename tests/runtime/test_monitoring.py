@@ -24,8 +24,7 @@ pytest.importorskip("flyteplugins.otel")
 pytest.importorskip("prometheus_client")
 
 from tests.monitoring.otlp_collector import collecting
-from tests.monitoring.test_prometheus_push import Gateway
-from tests.monitoring.tools import value
+from tests.monitoring.tools import Gateway, value
 
 ROWS, CHUNK_ROWS = 300, 25
 
