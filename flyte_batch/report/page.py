@@ -265,7 +265,9 @@ def _shares_table(shares: TimeShares) -> Table | None:
 
 
 def _swatch(kind: str) -> Markup:
-    return Markup('<span class="fb-swatch fb-{}" aria-hidden="true"></span>{}').format(kind, kind)
+    return Markup('<span class="fb-kind"><span class="fb-swatch fb-{}" aria-hidden="true"></span>{}</span>').format(
+        kind, kind
+    )
 
 
 def _before_first(log: RunLog) -> str:
@@ -676,8 +678,8 @@ def _plan(log: RunLog) -> Table:
             seconds(log.seconds) if knows_times(log) and log.outcome != "running" else unknown,
         ],
     ]
-    if not knows_times(log):
-        rows = [rows[0], rows[3]]
+    if not knows_times(log):  # the parts know how the output was cut, and no more
+        rows = [rows[3]]
     return Table("What was planned, and what happened", ("", "Planned", "Happened"), rows)
 
 

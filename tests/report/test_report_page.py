@@ -213,6 +213,7 @@ def test_a_log_made_of_parts_alone_claims_no_times() -> None:
     assert not root.all("time")
     assert "1970" not in root.text
     assert not {"Time", "Utilisation", "Cost"} & root.figures().keys()
+    assert root.table("What was planned, and what happened")[1:] == [["Rows per chunk", "100", "–"]]
 
 
 def test_many_replicas_show_the_ends_and_list_the_rest() -> None:
