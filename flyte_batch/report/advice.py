@@ -135,8 +135,8 @@ def _starved(log: RunLog, shares: TimeShares) -> Advice | None:
         if wanted > plan.concurrency:
             return Advice(
                 title,
-                f"{evidence}: {plan.concurrency} chunks at once kept one busy for {percent(used)} of the time between "
-                "loading and its last chunk.",
+                f"{evidence}: {plural(plan.concurrency, 'chunk')} at once kept one busy for {percent(used)} of the time "
+                "between loading and its last chunk.",
                 f"Raise the replicas' concurrency from {plan.concurrency} to {wanted}.",
                 saves,
             )
@@ -310,12 +310,12 @@ def _rate(log: RunLog, shares: TimeShares) -> Advice | None:
         )
         for rate in (plan.rows_per_s, said)
     ]
-    if sizes[0] == sizes[1]:
+    if sizes[0] == sizes[1] or sizes[1] == plan.chunk_rows:
         return None
     return Advice(
         f"Replicas are {number(off)} times as {'fast' if measured > plan.rows_per_s else 'slow'} as planned for",
-        f"One answered {number(measured)} rows/s, the plan assumed {number(plan.rows_per_s)}; with the right figure "
-        f"a new output's chunks have {count(sizes[1])} rows instead of {count(sizes[0])}.",
+        f"One answered {number(measured)} rows/s, the plan assumed {number(plan.rows_per_s)}; told so, it "
+        f"cuts a new output into chunks of {count(sizes[1])} rows instead of {count(sizes[0])}.",
         f"Pass --rows_per_s {said:g}.",
     )
 

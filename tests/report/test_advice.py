@@ -122,7 +122,10 @@ def test_a_wrong_assumption_is_told_where_it_changes_the_chunks() -> None:
     assert log.plan.rows_per_s * 2 < measured
     advice = only(log)
     assert advice.action == "Pass --rows_per_s 83."
-    assert "a new output's chunks have" in advice.evidence
+    planned = re.findall(r"chunks of ([\d,]+) rows instead of ([\d,]+)", advice.evidence)
+    ((better, _),) = planned
+    there_already = make_plan(**{**vars(plan), "chunk_rows": int(better.replace(",", ""))})
+    assert titles(make_log(plan=there_already, replicas=1, chunks=8_000 // there_already.chunk_rows)) == []
     assert titles(make_log(plan=make_plan(**{**vars(plan), "rows_per_s": 42.0}), replicas=1, chunks=125)) == []
     # Where the chunks would stay as they are, there is nothing to tell.
     assert titles(make_log(plan=make_plan(rows_per_s=1.0))) == []
