@@ -135,8 +135,8 @@ def _starved(log: RunLog, shares: TimeShares) -> Advice | None:
         if wanted > plan.concurrency:
             return Advice(
                 title,
-                f"{evidence}: {plural(plan.concurrency, 'chunk')} at once kept one busy for {percent(used)} of the time "
-                "between loading and its last chunk.",
+                f"{evidence}: {plural(plan.concurrency, 'chunk')} at once kept one busy for {percent(used)} of the "
+                "time between loading and its last chunk.",
                 f"Raise the replicas' concurrency from {plan.concurrency} to {wanted}.",
                 saves,
             )

@@ -64,6 +64,8 @@ def test_a_chunks_tokens_are_spread_over_its_time() -> None:
     entry = ChunkEntry(0, 10, 0, 60, 40, "b", started=2.0, ended=4.0)
     assert token_rates([entry], [0, 1, 2, 3, 4]) == pytest.approx([0, 0, 50, 50])
     assert token_rates([ChunkEntry(1, 10, 0, 0, 0, error="EngineDead")], [0, 1]) == [0]
+    early = ChunkEntry(2, 10, 0, 30, 0, "b", started=-5.0, ended=2.0)  # of a clock that is behind
+    assert token_rates([early], [0, 1, 2, 3]) == pytest.approx([15, 15, 0])
 
 
 def test_where_a_replica_was_not_there_nothing_is_said() -> None:
@@ -72,6 +74,22 @@ def test_where_a_replica_was_not_there_nothing_is_said() -> None:
     assert (before.utilization, before.rows_per_s, before.queued, before.fill, before.replicas) == (None,) * 4 + (0,)
     assert (during.utilization, during.rows_per_s, during.fill) == pytest.approx((0.8, 5.0, 0.8))
     assert (during.replicas, after.replicas) == (1, 0)
+
+
+def test_a_slice_tells_of_its_own_time_only() -> None:
+    samples = [
+        Sample(0, 0, 0, 0, 0, 0, 0, 0.0, 10, 1),
+        Sample(10, 9, 1, 0, 0, 100, 10, 9.0, 20, 1),
+        Sample(12, 9, 3, 0, 0, 100, 10, 9.0, 40, 1),
+        Sample(20, 11, 9, 0, 0, 140, 50, 19.0, 70, 1),
+    ]
+    first, second = timeline([engine(samples)], [0, 10, 20])
+    assert (first.utilization, first.rows_per_s, first.fill, first.queued) == pytest.approx((0.9, 10.0, 0.9, 10.0))
+    assert (second.utilization, second.rows_per_s, second.fill, second.queued) == pytest.approx((0.2, 4.0, 0.25, 30.0))
+    (between,) = timeline([engine(samples)], [13, 19])  # no sample in it: the neighbours' queues
+    assert (between.queued, between.fill) == pytest.approx((55.0, 0.25))
+    ((_, idle),) = [timeline([engine(samples)], [9, 10, 12])]
+    assert (idle.fill, idle.utilization) == (None, 0.0)
 
 
 def test_engines_of_one_process_are_one_replica() -> None:
