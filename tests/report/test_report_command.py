@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import flyte_batch as fb
 from flyte_batch.cli.report import command
-from flyte_batch.data.manifest import MANIFEST_FILE
+from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE
 from flyte_batch.report.history import LOG_FILE, SILENT_S
 from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
@@ -146,6 +146,18 @@ async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> No
     assert (told["outcome"], told["rows"], told["failures"], told["seconds"]) == ("unfinished", 250, 2, None)
     assert "the output is not finished" in page(output).all("h1")[0].text
     assert page(output).by_id("fb-content").table("Parameters")
+
+
+async def test_parts_alone_and_a_run_that_only_began_are_outputs_too(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    for name in (LOG_FILE, MANIFEST_FILE):
+        (output / name).unlink()
+    began = tmp_path / "began"
+    began.mkdir()
+    (output / RUN_FILE).rename(began / RUN_FILE)
+    assert (figures(output)["rows"], figures(began)["rows"]) == (ROWS, 0)
+    assert page(began).table("Parameters")[1] == ["prompt", "{question}"]
+    assert page(began).all("h1")[0].text.startswith("0 of 0 rows in the parts")
 
 
 @pytest.mark.parametrize(
