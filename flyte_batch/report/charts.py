@@ -15,12 +15,14 @@ from markupsafe import Markup
 WIDTH = 600.0
 HEIGHT = 120.0
 BAR_HEIGHT = 40.0
+SMALLEST = 1e-12
+"""Values below count as nothing."""
 
 
 def nice_top(values: Sequence[float | None]) -> float:
-    """The end of an axis that holds these values, a round number; 1 where there is nothing."""
+    """The end of an axis that holds these values, a round number; 1 where all are nothing."""
     most = max((value for value in values if value is not None and math.isfinite(value)), default=0.0)
-    if most <= 0:
+    if most < SMALLEST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most))
     return next((step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8) if most <= step * power), 10 * power)

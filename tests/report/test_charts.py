@@ -110,7 +110,17 @@ def test_dots_of_a_kind_are_one_shape() -> None:
 
 @pytest.mark.parametrize(
     ("values", "top"),
-    [([], 1), ([0.0], 1), ([None, 7.0], 8), ([0.3], 0.3), ([1.01], 1.5), ([9.1], 10), ([560], 600), ([1000], 1000)],
+    [
+        ([], 1),
+        ([0.0], 1),
+        ([None, 7.0], 8),
+        ([5e-324], 1),
+        ([0.3], 0.3),
+        ([1.01], 1.5),
+        ([9.1], 10),
+        ([560], 600),
+        ([1000], 1000),
+    ],
 )
 def test_an_axis_ends_at_a_round_number(values: list[float | None], top: float) -> None:
     assert charts.nice_top(values) == pytest.approx(top)
@@ -122,7 +132,7 @@ def test_an_axis_holds_all_values_and_wastes_less_than_half(values: list[float |
     top = charts.nice_top(values)
     most = max((value for value in values if value is not None and value < float("inf")), default=0.0)
     assert top > 0
-    if most > 1e-290:
+    if most >= charts.SMALLEST:
         assert most <= top * (1 + 1e-9)
         assert top <= 2 * most * (1 + 1e-9)
 
