@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ _PACKAGE = Path(flyte_batch.__file__).parent
 
 _LOG_WITH_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"}
 """Has Flyte print run and action before the lines of all loggers, not only its own; Rich would take them for markup."""
+
+_OTEL = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME")
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ def replica_environment(
             sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
             blocks the loop.
         monitoring: backends of the replicas, such as ``["logs", "prometheus:0.0.0.0:9464", "otel"]``; see
-            `flyte_batch.monitoring.backends`. The image must hold the extra ``monitoring``.
+            `flyte_batch.monitoring.backends`. The image must hold the extra ``monitoring``. With ``otel``
+            the containers get the ``OTEL_EXPORTER_OTLP_ENDPOINT`` of the process that declares the environment.
         env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added, and, unless given, what has
             Flyte print run and action before every line of a log.
         secrets: Flyte's secret request, such as a token for a model hub.
@@ -136,7 +140,11 @@ def replica_environment(
 
 
 def _backends(names: Sequence[str]) -> dict[str, str]:
-    return {backends.VARIABLE: backends.check_backends(names)} if names else {}
+    """Variables for these backends, some of OpenTelemetry's own among them; not its headers, which are secrets."""
+    if not names:
+        return {}
+    found = {name: os.environ[name] for name in _OTEL if "otel" in names and name in os.environ}
+    return {**found, backends.VARIABLE: backends.check_backends(names)}
 
 
 def _require_known_gpu(gpu: str | int | None) -> None:

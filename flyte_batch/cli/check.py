@@ -26,7 +26,7 @@ from flyte_batch.checklist.findings import Finding, Status, accept
 from flyte_batch.checklist.workflow import Workflow, describe
 from flyte_batch.errors import BadInput
 from flyte_batch.load.report import read_report
-from flyte_batch.report.keeper import LOG_FILE
+from flyte_batch.report.history import LOG_FILE
 from flyte_batch.report.run_log import RunLog, logs_from_json
 
 MISSING, NOT_LOADED = 1, 2
