@@ -39,6 +39,7 @@ _LEVELS: tuple[str, ...] = get_args(Level)
 _LEVEL_OF: dict[type[Event], Level] = {
     RecordsSubmitted: "debug",
     BatchFormed: "debug",
+    BatchDone: "debug",
     RecordFailed: "warning",
     LoopBlocked: "warning",
     ChunkFailed: "error",
@@ -64,8 +65,8 @@ class JsonLogs:
 
     Args:
         stream: takes the lines; by default what ``sys.stderr`` is when an event comes.
-        level: leave out what is below: ``info`` does without what enters queues and leaves them, ``warning`` is
-            failures only.
+        level: leave out what is below: ``info`` does without submitted records and batches, of which there may be
+            hundreds a second, ``warning`` is failures only.
         message_chars: cut messages of errors to so many characters; 0 leaves them out.
 
     Raises:

@@ -173,7 +173,7 @@ def test_levels_leave_out_what_is_below() -> None:
     by_level = {level: [line["level"] for line in lines_of(*ONE_OF_EACH, level=level)] for level in
                 ("debug", "info", "warning", "error")}  # fmt: skip
     assert len(by_level["debug"]) == len(ONE_OF_EACH)
-    assert len(by_level["info"]) == len(ONE_OF_EACH) - 2
+    assert len(by_level["info"]) == len(ONE_OF_EACH) - 3
     assert sorted(by_level["warning"]) == ["error", "error", "warning", "warning"]
     assert by_level["error"] == ["error", "error"]
     failed = [
