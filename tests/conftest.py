@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from flyte_batch import singletons
 
 os.environ["DO_NOT_TRACK"] = "1"  # flyte reads it at import
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Where a command installed all that tests need (make test-monitoring), one that is skipped is a failure."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped and os.environ.get("FLYTE_BATCH_NO_SKIPS") == "1":
+        terminalreporter.section("skipped tests are failures here (FLYTE_BATCH_NO_SKIPS=1)")
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
