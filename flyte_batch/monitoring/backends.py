@@ -27,12 +27,21 @@ VARIABLE = "FLYTE_BATCH_MONITORING"
 DEFAULT_PORT = 9464
 """Of OpenTelemetry's Prometheus exporter; nobody else's."""
 
-_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _attached = False
+
+
+def named(value: str) -> list[str]:
+    """The backends that a value of the variable names."""
+    return [name for each in value.split(",") if (name := each.strip())]
+
+
+def _of_this_process() -> list[str]:
+    return named(os.environ.get(VARIABLE, ""))
 
 
 def check_backends(names: Sequence[str]) -> str:
@@ -50,7 +59,7 @@ def check_backends(names: Sequence[str]) -> str:
 
 def start_tracing() -> None:
     """If ``otel`` is named, let Flyte's tasks have spans; called before one begins, as its span is opened first."""
-    if "otel" not in _named():
+    if "otel" not in _of_this_process():
         return
     try:
         from flyteplugins import otel
@@ -66,7 +75,7 @@ def attach_backends() -> None:
         if _attached:
             return
         _attached = True
-    for name in _named():
+    for name in _of_this_process():
         try:
             _attacher(name)()
         except ImportError as error:
@@ -75,11 +84,9 @@ def attach_backends() -> None:
                 name.partition(":")[0], error.name,
             )  # fmt: skip
         except (BadInput, OSError) as error:
-            logger.warning("monitoring: %s is off: %s", name.partition(":")[0], error)
-
-
-def _named() -> list[str]:
-    return [name for each in os.environ.get(VARIABLE, "").split(",") if (name := each.strip())]
+            # A BadInput says by itself which one it is.
+            what = "monitoring: " + name.partition(":")[0] if isinstance(error, OSError) else "one backend"
+            logger.warning("%s is off: %s", what, error)
 
 
 def _attacher(name: str) -> Callable[[], None]:
@@ -139,6 +146,6 @@ def _otel() -> None:
     from flyte_batch.monitoring.otel import OtelHook
 
     start_tracing()
-    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, _OTLP_ENDPOINTS)):
+    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, OTLP_ENDPOINTS)):
         metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
     hooks.subscribe(OtelHook())

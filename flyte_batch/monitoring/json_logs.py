@@ -124,7 +124,7 @@ class JsonLogs:
                 | _whose(share.scope)
                 | own
                 | {
-                    "level": "warning" if share.failed else "info",
+                    "level": "warning" if share.failed else "debug",
                     "records": share.records,
                     "failed": share.failed,
                     "cost": share.cost,

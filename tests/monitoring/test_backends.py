@@ -56,7 +56,7 @@ print("seen", REGISTRY.get_sample_value("flyte_batch_rows_total", {"outcome": "o
 @pytest.mark.parametrize(
     ("backends", "said"),
     [
-        ("nonsense", "'nonsense' is no backend; there are logs, otel, prometheus"),
+        ("nonsense", "'nonsense' is no backend; there are logs, logs:debug, otel, prometheus"),
         ("prometheus:99999", "prometheus is off"),
         ("prometheus:203.0.113.1:9464", "prometheus is off"),
     ],

@@ -184,7 +184,9 @@ def test_levels_leave_out_what_is_below() -> None:
     assert [line["level"] for line in lines_of(*failed)] == ["error"] * 3
     shares = (Share(ANNA, 1, 1, 1.0, ()), Share(BOB, 1, 0, 1.0, ()))
     done = events.BatchDone(9.0, "b", 7, 8.5, 2, 1, 2.0, 0.5, False, shares)
-    assert [line["action"] for line in lines_of(done, level="warning")] == ["a1"]
+    for level in ("info", "warning"):  # a caller whose records are all well is not told of
+        assert [line["action"] for line in lines_of(done, level=level)] == ["a1"]
+    assert [line["level"] for line in lines_of(done)] == ["warning", "debug"]
 
 
 @pytest.mark.parametrize(("options", "named"), [({"level": "loud"}, "level"), ({"message_chars": -1}, "message_chars")])
