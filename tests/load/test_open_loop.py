@@ -34,7 +34,7 @@ def load(
 # -- Arrivals --------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.floats(0.5, 500))
 def test_arrivals_are_a_poisson_process_of_the_rate_that_was_asked_for(seed: int, rate: float) -> None:
     seconds = 2000 / rate

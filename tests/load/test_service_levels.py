@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyte_batch.errors import BadInput
@@ -15,6 +15,7 @@ VALUES = st.lists(st.floats(0, 1e6), min_size=1, max_size=300)
 SHARES = st.sampled_from([0.01, 0.1, 0.5, 0.9, 0.95, 0.99, 1.0])
 
 
+@settings(deadline=None)
 @given(VALUES, SHARES)
 def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(values: list[float], share: float) -> None:
     values.sort()
@@ -24,6 +25,7 @@ def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(values: l
     assert sum(value < found for value in values) < share * len(values)
 
 
+@settings(deadline=None)
 @given(VALUES, SHARES, SHARES)
 def test_a_higher_percentile_is_no_smaller_and_none_exceeds_the_largest(
     values: list[float], one: float, other: float
@@ -34,6 +36,7 @@ def test_a_higher_percentile_is_no_smaller_and_none_exceeds_the_largest(
     assert percentile(values, 1.0) == values[-1]
 
 
+@settings(deadline=None)
 @given(VALUES, st.floats(1e-3, 1e6))
 def test_a_latency_objective_is_kept_where_its_percentile_is_below_the_limit(values: list[float], limit: float) -> None:
     values.sort()
@@ -46,6 +49,7 @@ def exactly_at_most(successes: int, trials: int, share: float) -> float:
     return sum(math.comb(trials, k) * share**k * (1 - share) ** (trials - k) for k in range(successes + 1))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.001, 0.999))
 def test_the_binomial_distribution_is_the_sum_of_its_terms(successes: int, trials: int, share: float) -> None:
     assert at_most(successes, trials, share) == pytest.approx(exactly_at_most(min(successes, trials), trials, share))
