@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from flyte_batch.checklist.findings import Finding
 from flyte_batch.checklist.workflow import Workflow
 from flyte_batch.errors import BadInput
 from flyte_batch.load.report import LoadReport, conclusions
+from flyte_batch.report.formats import seconds
 from flyte_batch.report.run_log import RunLog
 
 OLDEST_LOAD_TEST_DAYS = 30
@@ -30,7 +32,6 @@ class Evidence:
         rows: of a production run; None takes those of ``run``.
         rows_per_s: that one replica answers a second; None takes what ``run`` measured.
         price_per_hour: of one replica, in any currency; None takes that of ``run``.
-        now: the time.
 
     Raises:
         BadInput: a number that is not positive.
@@ -42,7 +43,6 @@ class Evidence:
     rows: int | None = None
     rows_per_s: float | None = None
     price_per_hour: float | None = None
-    now: datetime | None = None
 
     def __post_init__(self) -> None:
         for name in ("rows", "rows_per_s", "price_per_hour"):
@@ -57,22 +57,20 @@ def check_load_test(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]
         remedy = "flyte batch load --output FILE, or workflows/load.py on a replica; then --load_test FILE"
         yield Finding("load_test.level", "", "missing", "no load test was shown", remedy)
         return
-    said = conclusions(test)
-    if not test.is_kept:
+    said, kept = conclusions(test), test.limit.highest_kept
+    if kept is None:
         yield Finding("load_test.level", "", "missing", said[0], "faster replicas, a smaller model, or a lower level")
-    elif any(
-        not objective.is_shown for objective in (test.limit.highest_kept.objectives if test.limit.highest_kept else ())
-    ):
+    elif not kept.is_shown:
         yield Finding("load_test.level", "", "could not tell", " ".join(said[:2]))
     else:
         yield Finding("load_test.level", "", "ok", said[0])
-    yield _age(test, evidence.now or datetime.now(UTC))
+    yield _age(test)
     yield _model(workflow, test, evidence.model)
     yield _hardware(workflow, test)
 
 
-def _age(test: LoadReport, now: datetime) -> Finding:
-    days = (now - datetime.fromisoformat(test.started_at)).total_seconds() / 86400
+def _age(test: LoadReport) -> Finding:
+    days = (time.time() - datetime.fromisoformat(test.started_at).timestamp()) / 86400
     evidence = f"of {test.started_at[:10]}, {days:.0f} days old"
     if days > OLDEST_LOAD_TEST_DAYS:
         return Finding("load_test.age", "", "missing", evidence, "make a new one: models, images and machines change")
@@ -98,15 +96,20 @@ def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
     match = _GPU.search(test.hardware)
     tested = match[1] if match else ""
     evidence = f"tested on {test.hardware}; " + (f"replicas have {', '.join(gpus)}" if gpus else "no replica has a GPU")
-    devices = [gpu.partition(":")[0].split()[0] for gpu in gpus]
-    kinds = [device for device in devices if not device.isdecimal()]
-    if any(re.search(rf"\b{re.escape(kind)}\b", tested) for kind in kinds):
+    kinds = [gpu.partition(":")[0] for gpu in gpus]
+    if any(_is_of(kind, tested) for kind in kinds if not kind.isdecimal()):
         return Finding(check, "", "ok", evidence)
-    if tested and len(kinds) < len(devices):  # a number of GPUs of any kind
+    if tested and any(kind.isdecimal() for kind in kinds):  # a number of GPUs of any kind
         return Finding(check, "", "could not tell", evidence)
     if tested or (gpus and test.test.choice.engine == "vllm"):
         return Finding(check, "", "missing", evidence, remedy)
     return Finding(check, "", "ok", evidence)
+
+
+def _is_of(kind: str, gpus: str) -> bool:
+    """Whether Flyte's name of a GPU, ``A100_80G`` say, stands for one of these: ``1 x NVIDIA A100-SXM4-80GB``."""
+    words = kind.removesuffix(" shared").split("_")
+    return all(re.search(rf"(?<![^\W_]){re.escape(word)}B?(?![^\W_])", gpus, re.IGNORECASE) for word in words)
 
 
 def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
@@ -128,24 +131,19 @@ def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
     source = "measured" if run and not evidence.rows_per_s else "told"
     yield Finding(
         check, "", "ok",
-        f"{rows:,} rows at {rate:,.4g} rows/s a replica ({source}) are {_hours(hours)} of replicas: "
+        f"{rows:,} rows at {rate:,.4g} rows/s a replica ({source}) are {seconds(3600 * hours)} of replicas: "
         f"{hours * price:,.2f} at {price:,.4g} an hour, {1e6 * price / 3600 / rate:,.2f} a million rows",
     )  # fmt: skip
     for each in workflow.replicas:
         assert each.pool is not None  # noqa: S101 - what makes it one of `replicas`
-        idle = each.pool.idle_ttl_s / 3600 * price
+        whole, idle = seconds(3600 * hours / each.pool.most), each.pool.idle_ttl_s / 3600 * price
         yield Finding(
             "cost_projection.time", each.name, "ok",
-            f"{_hours(hours / each.pool.most)} with all {each.pool.most}; standing idle after a run costs at most "
+            f"{whole} with all {each.pool.most}; standing idle after a run costs at most "
             f"{idle * each.pool.most:,.2f} more",
         )  # fmt: skip
 
 
 def _measured(run: RunLog) -> float | None:
     """Rows that a replica of the run answered a second, its model's load and its tail included."""
-    seconds = run.replica_seconds
-    return run.rows_done / seconds if seconds > 0 and run.rows_done else None
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} min"
+    return run.rows_done / run.replica_seconds if run.replica_seconds > 0 and run.rows_done else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from flyte_batch.checklist.code import COMPUTED, keywords
 from flyte_batch.checklist.findings import Finding
 from flyte_batch.checklist.workflow import Environment, Pool, Task, Workflow
+from flyte_batch.report.formats import plural
 
 LEAST_IDLE_TTL_S = 60
 """Most models take longer to load than less."""
@@ -34,7 +35,7 @@ def _autoscaling(name: str, pool: Pool) -> Iterator[Finding]:
         yield Finding(check, name, "ok", f"{pool.fewest} to {pool.most} replicas")
     else:
         remedy = f"give replicas=(1, {max(2, pool.most)}), or the reason: --accept '{check}:{name}=WHY'"
-        yield Finding(check, name, "missing", f"always {_count(pool.most, 'replica')}", remedy)
+        yield Finding(check, name, "missing", f"always {plural(pool.most, 'replica')}", remedy)
 
     check, idle = "autoscaling.idle_ttl", f"an idle pool ends after {pool.idle_ttl_s:,.0f} s"
     if pool.idle_ttl_s < LEAST_IDLE_TTL_S:
@@ -75,7 +76,7 @@ def check_limits(workflow: Workflow) -> Iterator[Finding]:
 
 
 def _retries(task: Task) -> Finding:
-    check, retries = "limits.retries", _count(task.retries, "retry", "retries")
+    check, retries = "limits.retries", plural(task.retries, "retry", "retries")
     strategy = "flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))"
     if task.retries == 0:
         return Finding(
@@ -132,7 +133,3 @@ def _own_driver(workflow: Workflow) -> Iterator[Finding]:
             yield Finding(check, task.name, "missing", evidence, "give it an environment by fb.driver_environment()")
         else:
             yield Finding(check, task.name, "ok", f"in an environment of its own, {task.environment!r}")
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"

@@ -184,11 +184,16 @@ def _environment(environment: Any, named: set[int]) -> Environment:
     return Environment(
         name=environment.name,
         pool=pool,
-        resources={kind: amount for kind, amount in given.items() if amount is not None},
+        resources={kind: _amount(amount) for kind, amount in given.items() if amount is not None},
         image=_image(environment.image),
         env_vars=dict(environment.env_vars or {}),
         tasks=tuple(_task(each, id(each) in named) for each in environment.tasks.values()),
     )
+
+
+def _amount(amount: Any) -> object:
+    """Of a resource; that of a `flyte.Device` as its short form, ``A100:2``."""
+    return f"{amount.device}:{amount.quantity}" if hasattr(amount, "device") else amount
 
 
 def _task(task: Any, is_entry: bool) -> Task:

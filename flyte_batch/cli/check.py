@@ -26,8 +26,8 @@ from flyte_batch.checklist.findings import Finding, Status, accept
 from flyte_batch.checklist.workflow import Workflow, describe
 from flyte_batch.errors import BadInput
 from flyte_batch.load.report import read_report
-from flyte_batch.report.history import LOG_FILE
-from flyte_batch.report.run_log import RunLog, logs_from_json
+from flyte_batch.report.history import LOG_FILE, logs_of
+from flyte_batch.report.run_log import RunLog
 
 MISSING, NOT_LOADED = 1, 2
 """Exit codes."""
@@ -74,7 +74,7 @@ def command(
         )
         workflow = _load(file)
         findings = accept(go_through(workflow, evidence), _reasons(accepted))
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         raise SystemExit(NOT_LOADED) from error
     if as_json:
@@ -97,22 +97,17 @@ def _reasons(accepted: Sequence[str]) -> dict[str, str]:
 
 
 def _read_run(output: str) -> RunLog:
-    """The newest run over an output.
+    """The newest run over an output that answered rows.
 
     Raises:
-        BadInput: it left no log, or one of another version.
+        BadInput: it is no output, or no such run left a log there.
+        OSError: the storage can't be read for now.
     """
-    from flyte_batch.data.storage import locate, read_bytes
+    from flyte_batch.data.storage import locate
 
-    try:
-        logs = logs_from_json(read_bytes(locate(output).child(LOG_FILE)))
-    except FileNotFoundError:
-        raise BadInput(f"--run {output}: there is no {LOG_FILE} in it, which a run of flyte_batch leaves") from None
-    except ValueError as error:
-        raise BadInput(f"--run {output}: {LOG_FILE} can't be read: {error}") from error
-    done = [log for log in logs if log.rows_done]
+    done = [log for log in logs_of(locate(output)) if log.rows_done]
     if not done:
-        raise BadInput(f"--run {output}: no run over it answered a row")
+        raise BadInput(f"--run {output}: no run over it that left its log ({LOG_FILE}) answered a row: give another's")
     return done[-1]
 
 

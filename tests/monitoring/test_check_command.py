@@ -28,31 +28,23 @@ def checks(run: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 NOT_IN_A_FILE = {"load_test.level", "cost_projection.bill"}
 """Missing until somebody shows them."""
 
-DEPENDS_ON_THE_CLUSTER = {
-    "monitoring.backends",
-    "monitoring.packages",
-    "monitoring.reachable",
-    "monitoring.links",
-    "error_tracking.notifications",
-}
-"""Which backends, whom to tell: an example may leave it out."""
-
 
 @pytest.mark.parametrize(
-    ("workflow", "may_be_missing"),
+    ("workflow", "left_to_users"),
     [
-        ("generate", {"error_tracking.max_failure_rate", "monitoring.report"}),
-        ("gsm8k", {"autoscaling.replicas", "limits.timeout", "error_tracking.max_failure_rate", "monitoring.report"}),
-        ("nightly", {"deployment.schedule", "monitoring.report"}),
+        ("generate", {"error_tracking.max_failure_rate", "monitoring.reachable"}),
+        (
+            "gsm8k",
+            {"autoscaling.replicas", "error_tracking.max_failure_rate", "monitoring.backends", "monitoring.report"},
+        ),
+        ("nightly", {"error_tracking.notifications", "monitoring.reachable"}),
     ],
 )
-def test_of_the_shipped_workflows_no_more_is_missing_than_is_known(workflow: str, may_be_missing: set[str]) -> None:
-    run = batch_check(f"workflows/{workflow}.py", "--json")
+def test_of_the_shipped_workflows_no_more_is_missing_than_is_known(workflow: str, left_to_users: set[str]) -> None:
+    run = batch_check(f"workflows/{workflow}.py", "--json", FLYTE_BATCH_MONITORING="logs")
     found = checks(run)
-    missing = {each["check"] for each in found if each["status"] == "missing"}
     assert run.returncode == 1
-    assert missing >= NOT_IN_A_FILE
-    assert missing <= NOT_IN_A_FILE | DEPENDS_ON_THE_CLUSTER | may_be_missing
+    assert {each["check"] for each in found if each["status"] == "missing"} == NOT_IN_A_FILE | left_to_users
     assert "could not tell" not in {each["status"] for each in found}
     fine = {each["check"] for each in found if each["status"] == "ok"}
     assert fine >= {"limits.retries", "limits.driver", "limits.resources", "deployment.images", "deployment.secrets"}

@@ -367,6 +367,11 @@ def test_a_gpu_tells_nothing_without_the_package_that_asks_it(tmp_path: Path) ->
         ('"L4:1"', "vllm", "a CPU, 8 cores", "missing"),
         ('"L4:1"', "ctranslate2", "a CPU, 8 cores", "ok"),
         ("1", "vllm", "a CPU, 8 cores, 1 x NVIDIA L4", "could not tell"),
+        ('"L40s:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA L40S", "ok"),
+        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A100-SXM4-80GB", "ok"),
+        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, A100_80G:1", "ok"),
+        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A100-SXM4-40GB", "missing"),
+        ('"A10 shared:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A10", "ok"),
     ],
 )
 def test_a_load_test_counts_on_the_replicas_gpu(
@@ -466,10 +471,10 @@ def test_the_model_that_runs_can_be_told(load_test: str, tmp_path: Path) -> None
 def test_costs_follow_from_rows_speed_and_price(tmp_path: Path) -> None:
     found = findings(check(tmp_path, *COST, "--json"))
     said = found["cost_projection.bill", ""]["evidence"]
-    assert said.startswith("1,000,000 rows at 100 rows/s a replica (told) are 2.8 h of replicas: ")
+    assert said.startswith("1,000,000 rows at 100 rows/s a replica (told) are 2 h 47 min of replicas: ")
     assert said.endswith(": 10.00 at 3.6 an hour, 10.00 a million rows")
     assert found["cost_projection.time", "pool"]["evidence"] == (
-        "41.7 min with all 4; standing idle after a run costs at most 1.20 more"
+        "41 min 40 s with all 4; standing idle after a run costs at most 1.20 more"
     )
 
 
@@ -499,6 +504,25 @@ def earlier_run(tmp_path: Path) -> str:
 
     asyncio.run(run())
     return str(tmp_path / "out")
+
+
+def test_an_output_without_its_log_says_nothing_of_speed(tmp_path: Path, earlier_run: str) -> None:
+    (Path(earlier_run) / "_report.json").unlink()
+    result = check(tmp_path, "--run", earlier_run)
+    assert result.exit_code == 2
+    assert "no run over it that left its log (_report.json) answered a row" in result.output
+
+
+def test_a_gpu_may_be_a_device_object(load_report: dict[str, Any], tmp_path: Path) -> None:
+    report = without(load_report, hardware="a CPU, 8 cores, 2 x NVIDIA A100-SXM4-80GB")
+    source = (
+        'import flyte\nenv = flyte.TaskEnvironment("pool", image="me/image:1", reusable=flyte.ReusePolicy((1, 2)), '
+        'resources=flyte.Resources(cpu=1, memory="1Gi", gpu=flyte.GPU("A100", 2)))\n'
+        "@env.task\nasync def main() -> int:\n    return 1\n"
+    )
+    found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=source))
+    assert found["load_test.hardware", ""]["status"] == "ok"
+    assert found["limits.resources", "pool"]["evidence"] == "cpu 1, memory 1Gi, gpu A100:2"
 
 
 def test_costs_follow_from_an_earlier_run(tmp_path: Path, earlier_run: str) -> None:
@@ -555,7 +579,7 @@ def test_a_reason_accepts_what_is_missing(tmp_path: Path, load_test: str) -> Non
         (("--accept", "autoscaling.speed=fast"), "there is no such check here; there are autoscaling.concurrency"),
         (("--rows", "0"), "--rows must be a positive number, got 0"),
         (("--load_test", "nowhere.json"), "no report of a load test at nowhere.json"),
-        (("--run", "nowhere"), "there is no _report.json in it"),
+        (("--run", "nowhere"), "nowhere is not there: give the --output of a run"),
     ],
 )
 def test_bad_options_are_exit_code_2_and_named(options: tuple[str, ...], words: str, tmp_path: Path) -> None:
