@@ -30,7 +30,8 @@ test: $(VENV)/installed-dev
 # What these tests miss is a failure here, and a reason to skip them in "make test".
 test-monitoring: $(VENV)/installed-monitoring-tests .tools/installed
 	FLYTE_BATCH_NO_SKIPS=1 $(BIN)/python -m pytest tests/monitoring/test_alerts.py tests/monitoring/test_grafana.py \
-	  tests/monitoring/test_metrics.py tests/monitoring/test_prometheus_server.py tests/report/test_report_in_browser.py
+	  tests/monitoring/test_otel_metrics.py tests/monitoring/test_prometheus_hook.py \
+	  tests/monitoring/test_prometheus_server.py tests/report/test_report_in_browser.py
 
 # The first file needs the stand-in for S3.
 test-runtime: $(VENV)/installed-runtime-tests

@@ -94,7 +94,7 @@ def test_a_batch_is_a_line_for_each_caller_and_their_records_add_up_to_it() -> N
     assert (anna["action"], anna["chunk"], anna["chunk_index"], anna["batch"]) == ("a1", "chunk-a", 3, 7)
     assert (anna["records"], anna["failed"], anna["cost"], anna["level"]) == (3, 1, 6.0, "warning")
     assert (anna["latency_mean"], anna["latency_max"]) == (0.7, 1.1)
-    assert (bob["action"], bob["records"], bob["failed"], bob["level"]) == ("b1", 2, 0, "info")
+    assert (bob["action"], bob["records"], bob["failed"], bob["level"]) == ("b1", 2, 0, "debug")
     for line in (anna, bob):
         assert (line["batch_records"], line["batch_failed"], line["batch_cost"]) == (5, 1, 10.0)
         assert (line["started_at"], line["fill"], line["out_of_memory"]) == (8.5, 0.5, False)
