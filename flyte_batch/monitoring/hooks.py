@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakSet
 
 from flyte_batch.monitoring.events import Event
@@ -25,13 +25,46 @@ class Hook(Protocol):
         ...
 
 
+class Stats(Protocol):
+    """What hooks read of a `flyte_batch.BatchStats`; counts and seconds since the batcher's start."""
+
+    @property
+    def total_completed(self) -> int: ...
+    @property
+    def total_failed(self) -> int: ...
+    @property
+    def total_submitted(self) -> int: ...
+    @property
+    def total_abandoned(self) -> int: ...
+    @property
+    def total_expired(self) -> int: ...
+    @property
+    def total_batches(self) -> int: ...
+    @property
+    def total_fill(self) -> float: ...
+    @property
+    def out_of_memory(self) -> int: ...
+    @property
+    def queued(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def busy_time_s(self) -> float: ...
+    @property
+    def starved_time_s(self) -> float: ...
+    @property
+    def assembling_time_s(self) -> float: ...
+    @property
+    def late_time_s(self) -> float: ...
+
+
 class Batcher(Protocol):
     """What a hook may ask of a live batcher.
 
     Attributes:
         id: as in its events.
         engine_name: class of the engine, of the batcher where it owns none.
-        stats: a `flyte_batch.BatchStats` of this moment.
+        stats: of this moment.
         stats_source: gives `stats`, the queue left out, without keeping the batcher or its engine alive.
         is_running: whether it takes records.
     """
@@ -43,10 +76,10 @@ class Batcher(Protocol):
     def engine_name(self) -> str: ...
 
     @property
-    def stats(self) -> Any: ...
+    def stats(self) -> Stats: ...
 
     @property
-    def stats_source(self) -> Callable[[], Any]: ...
+    def stats_source(self) -> Callable[[], Stats]: ...
 
     @property
     def is_running(self) -> bool: ...

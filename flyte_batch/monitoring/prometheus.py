@@ -39,7 +39,7 @@ Labels = tuple[str, ...]
 
 PUSH_TIMEOUT_S = 10.0
 
-_FROM_STATS: tuple[tuple[Metric, Labels, Callable[[Any], float]], ...] = (
+_FROM_STATS: tuple[tuple[Metric, Labels, Callable[[hooks.Stats], float]], ...] = (
     (metrics.RECORDS_SUBMITTED, (), lambda stats: stats.total_submitted),
     (metrics.RECORDS, ("ok",), lambda stats: stats.total_completed - stats.total_failed),
     (metrics.RECORDS, ("failed",), lambda stats: stats.total_failed),
@@ -53,7 +53,7 @@ _FROM_STATS: tuple[tuple[Metric, Labels, Callable[[Any], float]], ...] = (
 )
 """Counters that are a batcher's own: metric, labels beside the engine, its value in a `flyte_batch.BatchStats`."""
 
-_FROM_GPUS: tuple[tuple[Metric, Callable[[Any], float | None]], ...] = (
+_FROM_GPUS: tuple[tuple[Metric, Callable[[gpu.GpuSample], float | None]], ...] = (
     (metrics.GPU_UTILIZATION, lambda sample: sample.utilisation),
     (metrics.GPU_MEMORY_USED, lambda sample: sample.memory_used_bytes),
     (metrics.GPU_MEMORY_SIZE, lambda sample: sample.memory_total_bytes),
@@ -166,7 +166,7 @@ class PrometheusHook(Collector):
         self._batchers: dict[str, _Batcher] = {}
         self._ended: dict[str, Any] = {}  # engine -> stats of the batchers that are no more, added up
         self._told: dict[tuple[Metric, Labels], float] = {}  # counters of `_FROM_STATS` at the last scrape
-        self._last_stats: deque[tuple[str, Any]] = (
+        self._last_stats: deque[tuple[str, hooks.Stats]] = (
             deque()
         )  # of batchers that went; appended to by the garbage collector
         self._handlers: dict[type[ev.Event], Callable[[Any], None]] = {
@@ -370,7 +370,7 @@ class PrometheusHook(Collector):
             yield family
 
 
-def _bury(batcher: str, stats_source: Callable[[], Any], last_stats: deque[tuple[str, Any]]) -> None:
+def _bury(batcher: str, stats_source: Callable[[], hooks.Stats], last_stats: deque[tuple[str, hooks.Stats]]) -> None:
     """Keep the last figures of a batcher. Runs wherever the garbage collector does, so it takes no lock."""
     last_stats.append((batcher, stats_source()))
 
