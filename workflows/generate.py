@@ -8,7 +8,8 @@ Finds what is wrong with its input before a model loads, shows progress, survive
 again: finished chunks are kept), and leaves Parquet parts with a manifest. Without ``--local`` it runs on the cluster
 of your Flyte configuration, with paths that its containers can reach: vLLM on GPU replicas, all else on CPU replicas.
 Which GPU, and how many of them at most, say the environment variables ``FLYTE_BATCH_GPU`` and ``FLYTE_BATCH_REPLICAS``
-of the shell that submits the run; ``FLYTE_BATCH_MONITORING`` says who hears of it (docs/monitoring.md).
+of the shell that submits the run; ``FLYTE_BATCH_MONITORING`` says who hears of it, ``FLYTE_BATCH_GRAFANA`` where
+the dashboard is that Flyte's UI links to (docs/monitoring.md).
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ import flyte
 import flyte_batch as fb
 from flyte_batch.engines import EngineChoice, check_engine_options, choose_engine, start_engine
 from flyte_batch.fingerprint import fingerprint
+from flyte_batch.monitoring.links import GrafanaDashboard
 from flyte_batch.options import parse_object, parse_schema, sampling_parameters
 from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
 REPLICAS = int(os.environ.get("FLYTE_BATCH_REPLICAS", "4"))
 MONITORING = os.environ.get("FLYTE_BATCH_MONITORING", "logs").split(",")
+GRAFANA = os.environ.get("FLYTE_BATCH_GRAFANA", "")
+LINKS = (GrafanaDashboard(GRAFANA),) if GRAFANA else ()
 
 # At once, a retry may land on the very replica that is about to end.
 RETRIES = flyte.RetryStrategy(2, backoff=flyte.Backoff(timedelta(seconds=2), factor=5, cap=timedelta(minutes=1)))
@@ -54,7 +58,7 @@ driver = fb.driver_environment(
     depends_on=[cpu_replicas, gpu_replicas],
     monitoring=MONITORING,
     # The driver imports this file again, and asks for the replicas.
-    env_vars={"FLYTE_BATCH_GPU": GPU, "FLYTE_BATCH_REPLICAS": str(REPLICAS)},
+    env_vars={"FLYTE_BATCH_GPU": GPU, "FLYTE_BATCH_REPLICAS": str(REPLICAS), "FLYTE_BATCH_GRAFANA": GRAFANA},
 )
 
 BATCH_ROWS = 256
@@ -167,7 +171,7 @@ async def wake_gpu(job: str) -> None:
     await wake(job)
 
 
-@driver.task(report=True)
+@driver.task(report=True, links=LINKS)
 async def main(
     source: str,
     output: str,
