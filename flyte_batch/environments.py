@@ -75,7 +75,7 @@ def replica_environment(
     scaledown_ttl: int = DEFAULT_SCALEDOWN_TTL_S,
     scope: Literal["global", "run"] = "global",
     stall_limit_s: float = DEFAULT_STALL_LIMIT_S,
-    monitoring: Sequence[str] = (),
+    monitoring: Sequence[str] | str = (),
     env_vars: dict[str, str] | None = None,
     secrets: Any = None,
 ) -> flyte.TaskEnvironment:
@@ -102,8 +102,8 @@ def replica_environment(
         stall_limit_s: a replica whose event loop or whose engine stood still for so many seconds ends itself, so that a
             sound one takes its place; Flyte's retries do its calls again. Longer than the longest load of a model that
             blocks the loop.
-        monitoring: backends of the replicas, such as ``["logs", "prometheus:0.0.0.0:9464", "otel"]``; see
-            `flyte_batch.monitoring.backends`. The image must hold the extra ``monitoring``. With ``otel``
+        monitoring: backends of the replicas, such as ``["logs", "prometheus:0.0.0.0:9464", "otel"]``, or one text with
+            commas; see `flyte_batch.monitoring.backends`. The image must hold the extra ``monitoring``. With ``otel``
             the containers get the ``OTEL_EXPORTER_OTLP_ENDPOINT`` of the process that declares the environment.
         env_vars: environment variables of the containers. ``FLYTE_BATCH_REPLICA`` is added, and, unless given, what has
             Flyte print run and action before every line of a log.
@@ -139,12 +139,13 @@ def replica_environment(
     return environment
 
 
-def _backends(names: Sequence[str]) -> dict[str, str]:
+def _backends(given: Sequence[str] | str) -> dict[str, str]:
     """Variables for these backends, some of OpenTelemetry's own among them; not its headers, which are secrets."""
-    if not names:
+    value = backends.check_backends(given)
+    if not value:
         return {}
-    found = {name: os.environ[name] for name in _OTEL if "otel" in names and name in os.environ}
-    return {**found, backends.VARIABLE: backends.check_backends(names)}
+    traced = "otel" in backends.named(value)
+    return {name: os.environ[name] for name in _OTEL if traced and name in os.environ} | {backends.VARIABLE: value}
 
 
 def _require_known_gpu(gpu: str | int | None) -> None:
@@ -169,7 +170,7 @@ def driver_environment(
     cpu: str | int = 1,
     memory: str = "2Gi",
     disk: str | None = None,
-    monitoring: Sequence[str] = (),
+    monitoring: Sequence[str] | str = (),
     env_vars: dict[str, str] | None = None,
 ) -> flyte.TaskEnvironment:
     """An environment for the task that plans a run and fans its chunks out.

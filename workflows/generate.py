@@ -32,7 +32,7 @@ from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
 REPLICAS = int(os.environ.get("FLYTE_BATCH_REPLICAS", "4"))
-MONITORING = os.environ.get("FLYTE_BATCH_MONITORING", "logs").split(",")
+MONITORING = os.environ.get("FLYTE_BATCH_MONITORING", "logs")
 GRAFANA = os.environ.get("FLYTE_BATCH_GRAFANA", "")
 LINKS = (GrafanaDashboard(GRAFANA),) if GRAFANA else ()
 

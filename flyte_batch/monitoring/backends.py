@@ -44,15 +44,14 @@ def _of_this_process() -> list[str]:
     return named(os.environ.get(VARIABLE, ""))
 
 
-def check_backends(names: Sequence[str]) -> str:
-    """The variable's value for these backends.
+def check_backends(given: Sequence[str] | str) -> str:
+    """The variable's value for these backends, given as a list or as that value.
 
     Raises:
         BadInput: one that there is not, or an address that is none.
     """
+    names = named(given if isinstance(given, str) else ",".join(given))
     for name in names:
-        if "," in name:
-            raise BadInput(f"monitoring: give {name!r} as a list of texts, one a backend")
         _attacher(name)
     return ",".join(names)
 

@@ -89,6 +89,17 @@ def test_environments_refuse_a_backend_that_there_is_not_and_a_secret_in_an_addr
     with pytest.raises(fb.BadInput, match="holds a user or a password") as refused:
         fb.driver_environment("d", monitoring=["push:http://me:hunter2@gateway:9091"])
     assert "hunter2" not in str(refused.value)
-    environment = fb.driver_environment("d", monitoring=["logs", "otel"], env_vars={"A": "b"})
-    assert environment.env_vars is not None
-    assert (environment.env_vars[VARIABLE], environment.env_vars["A"]) == ("logs,otel", "b")
+    for given in (["logs", "otel"], "logs, otel,"):
+        environment = fb.driver_environment("d", monitoring=given, env_vars={"A": "b"})
+        assert environment.env_vars is not None
+        assert (environment.env_vars[VARIABLE], environment.env_vars["A"]) == ("logs,otel", "b")
+    assert VARIABLE not in (fb.driver_environment("d", monitoring="").env_vars or {})
+
+
+def test_containers_that_trace_are_told_where_spans_go_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Basic hunter2")
+    traced = fb.replica_environment("r", image="auto", monitoring="otel").env_vars or {}
+    assert traced["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+    assert "hunter2" not in str(traced)
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in (fb.driver_environment("d", monitoring="logs").env_vars or {})
