@@ -61,13 +61,13 @@ async def main() -> None:
     totals = gpu_totals(uses)
     for total in totals:
         print(f"{total.name} {total.uuid}, {total.seconds:.1f} s, energy by {total.energy_source}")
-        print(f"  utilisation {_share(total.mean_utilisation)}, power {_of(total.mean_power_w)} W")
+        print(f"  utilization {_share(total.mean_utilization)}, power {_of(total.mean_power_w)} W")
         memory = None if total.peak_memory_bytes is None else total.peak_memory_bytes / 2**30
         print(f"  energy {_of(total.energy_j)} J, peak memory {_of(memory)} GiB")
         print(f"  at most {_of(total.max_temperature_c)} C, {', '.join(total.throttle_reasons) or 'not throttled'}")
         if total.uuid in theirs:
-            utilisation, power, samples = theirs[total.uuid]
-            print(f"  nvidia-smi, {samples} samples: utilisation {_share(utilisation)}, power {_of(power)} W")
+            utilization, power, samples = theirs[total.uuid]
+            print(f"  nvidia-smi, {samples} samples: utilization {_share(utilization)}, power {_of(power)} W")
     tokens = sum(result.prompt_tokens + result.response_tokens for result in results)
     print(f"{len(results) / (ended - started):.0f} records/s, {tokens / (ended - started):.0f} tokens/s")
     print(f"{_of(wh_per_million_tokens(energy_j(totals), tokens))} Wh for a million tokens")
@@ -83,7 +83,7 @@ class Smi:
         self._process = program and subprocess.Popen([program, *query], stdout=subprocess.PIPE, text=True)
 
     def stop(self) -> dict[str, tuple[float, float, int]]:
-        """Mean utilisation (0 to 1), mean power (W) and number of samples, by UUID."""
+        """Mean utilization (0 to 1), mean power (W) and number of samples, by UUID."""
         if not self._process:
             return {}
         self._process.terminate()

@@ -40,7 +40,7 @@ _PACKAGE = Path(flyte_batch.__file__).parent
 _LOG_WITH_ACTIONS = {"FLYTE_RESET_ROOT_LOGGER": "1", "DISABLE_RICH_LOGGING": "1"}
 """Has Flyte print run and action before the lines of all loggers, not only its own; Rich would take them for markup."""
 
-_OTEL = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME")
+_OTEL = (*backends.OTLP_ENDPOINTS, "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_SERVICE_NAME")
 
 logger = logging.getLogger(__name__)
 

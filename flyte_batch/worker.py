@@ -198,7 +198,7 @@ class _Work:
             prompt_lengths={float(bound): rows for bound, rows in info.prompt_lengths.items()},
             response_lengths={float(bound): rows for bound, rows in info.response_lengths.items()},
             stalls=tuple(self._recording.stalls),
-            engine_deaths=self._recording.engine_deaths,
+            died=tuple(self._recording.died),
             gpus=await asyncio.to_thread(sampler.use_between, started_at, time.time()) if sampler is not None else (),
         )
         report = ChunkReport(

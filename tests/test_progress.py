@@ -249,7 +249,7 @@ def test_a_replica_is_a_process_however_many_engines_it_had() -> None:
 def test_failed_chunks_and_dead_engines_are_counted() -> None:
     log = a_log()
     log.chunks.append(ChunkEntry(0, 100, 0, 0, 0, error="EngineDead"))
-    log.engine_deaths = 2
+    log.died = ["a", "b"]
     figures = Figures.of(log)
     assert (figures.chunks_failed, figures.engine_deaths, figures.done) == (1, 2, 0)
 

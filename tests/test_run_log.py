@@ -98,7 +98,7 @@ def test_sums_failures_and_examples_come_from_the_chunks() -> None:
         "latencies": {0.1: 3},
         "prompt_lengths": {4.0: 8},
         "response_lengths": {8.0: 8},
-        "engine_deaths": 1,
+        "died": ("x", "y"),
     }
     log = RunLog("out", "in", {}, PLAN)
     for index in range(3):
@@ -106,7 +106,7 @@ def test_sums_failures_and_examples_come_from_the_chunks() -> None:
     assert (log.rows, log.failures, log.prompt_tokens, log.response_tokens) == (30, 6, 90, 180)
     assert (log.causes, log.latencies, log.prompt_lengths) == ({"BadRecord": 6}, {0.1: 9}, {4.0: 24})
     assert [example.row for example in log.examples] == [3, 4, 3]
-    assert log.engine_deaths == 3
+    assert (log.died, log.engine_deaths) == (["x", "y"], 2)  # three chunks told of the same two
 
 
 def test_a_log_survives_its_file_and_a_broken_file_is_said_to_be_one() -> None:

@@ -27,7 +27,8 @@ VARIABLE = "FLYTE_BATCH_MONITORING"
 DEFAULT_PORT = 9464
 """Of OpenTelemetry's Prometheus exporter; nobody else's."""
 
-OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+OTLP_ENDPOINTS = tuple(f"OTEL_EXPORTER_OTLP_{what}ENDPOINT" for what in ("", "TRACES_", "METRICS_"))
+"""Variables of OpenTelemetry's SDK that say where spans and metrics go."""
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,8 @@ def _otel() -> None:
     from flyte_batch.monitoring.otel import OtelHook
 
     start_tracing()
-    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, OTLP_ENDPOINTS)):
+    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(
+        map(os.environ.get, (OTLP_ENDPOINTS[0], OTLP_ENDPOINTS[2]))
+    ):
         metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
     hooks.subscribe(OtelHook())

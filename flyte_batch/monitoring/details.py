@@ -100,7 +100,7 @@ class ChunkDetails:
         prompt_lengths: histogram of prompts by tokens.
         response_lengths: histogram of responses by tokens.
         stalls: of the process' event loop.
-        engine_deaths: batchers of this process that died meanwhile.
+        died: ids of batchers of this process that died meanwhile.
         gpus: what they did from ``started`` to ``ended``.
     """
 
@@ -117,7 +117,7 @@ class ChunkDetails:
     prompt_lengths: Mapping[float, int] = field(default_factory=dict)
     response_lengths: Mapping[float, int] = field(default_factory=dict)
     stalls: tuple[Stall, ...] = ()
-    engine_deaths: int = 0
+    died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
 
     def to_json(self) -> str:
@@ -138,6 +138,7 @@ class ChunkDetails:
         for name in ("latencies", "prompt_lengths", "response_lengths"):
             content[name] = {float(bound): number for bound, number in content[name].items()}
         content["examples"] = tuple(Example(**each) for each in content["examples"])
+        content["died"] = tuple(content["died"])
         content["stalls"] = tuple(Stall(**each) for each in content["stalls"])
         content["gpus"] = tuple(gpu_use(each) for each in content["gpus"])
         return cls(**content)

@@ -1,9 +1,9 @@
-"""GPUs, as NVML sees them: utilisation, memory, power, clocks, energy. Loads nvidia-ml-py when it is asked for.
+"""GPUs, as NVML sees them: utilization, memory, power, clocks, energy. Loads nvidia-ml-py when it is asked for.
 
 Upstream: https://docs.nvidia.com/deploy/nvml-api. A `GpuSampler` looks once a second, from a thread of its own. What
 NVML gives is the device's, whoever uses it: also the processes of vLLM, also another container's.
 
-What a device does not support is None, never 0. Energy and utilisation are kept as meters that only go up, so that
+What a device does not support is None, never 0. Energy and utilization are kept as meters that only go up, so that
 chunks whose times overlap can each say what the meters showed when they began and ended, and `gpu_totals` counts
 nothing twice.
 """
@@ -57,8 +57,8 @@ class GpuSample:
         index: NVML's number of the device, of a MIG instance that of the device it is a part of.
         uuid: ``GPU-...`` or ``MIG-...``.
         name: the product's.
-        utilisation: share of the time in which a kernel ran, 0 to 1.
-        memory_utilisation: share of the time in which device memory was read or written, 0 to 1.
+        utilization: share of the time in which a kernel ran, 0 to 1.
+        memory_utilization: share of the time in which device memory was read or written, 0 to 1.
         memory_used_bytes: by everybody, the driver included.
         memory_total_bytes: of the device, or of the MIG instance.
         power_w: watts.
@@ -74,8 +74,8 @@ class GpuSample:
     index: int
     uuid: str
     name: str
-    utilisation: float | None
-    memory_utilisation: float | None
+    utilization: float | None
+    memory_utilization: float | None
     memory_used_bytes: int | None
     memory_total_bytes: int | None
     power_w: float | None
@@ -97,7 +97,7 @@ class GpuUse:
         sampler: who looked; meters of different samplers have nothing to do with each other.
         start: Unix time in seconds.
         end: Unix time in seconds.
-        busy_start_s: the sampler's integral of the utilisation at ``start``; None where utilisation is not supported.
+        busy_start_s: the sampler's integral of the utilization at ``start``; None where utilization is not supported.
         busy_end_s: the same at ``end``.
         energy_start_j: the energy meter at ``start``; None where neither energy nor power is supported.
         energy_end_j: the same at ``end``.
@@ -134,7 +134,7 @@ class GpuTotal:
         seconds: that were looked at.
         energy_j: joules; None where unknown.
         energy_source: ``counter``, ``power`` or None.
-        mean_utilisation: 0 to 1; None where unknown.
+        mean_utilization: 0 to 1; None where unknown.
         mean_power_w: watts; None where unknown.
         peak_memory_bytes: most memory used, by everybody.
         memory_total_bytes: what there is.
@@ -147,7 +147,7 @@ class GpuTotal:
     seconds: float
     energy_j: float | None
     energy_source: EnergySource | None
-    mean_utilisation: float | None
+    mean_utilization: float | None
     mean_power_w: float | None
     peak_memory_bytes: int | None
     memory_total_bytes: int | None
@@ -304,7 +304,7 @@ def latest() -> tuple[GpuSample, ...]:
 def gpu_totals(uses: Iterable[GpuUse]) -> tuple[GpuTotal, ...]:
     """The figures of each device, from the uses of any number of chunks and replicas.
 
-    Uses that overlap, as those of chunks that share a replica do, count once: energy and utilisation are the length of
+    Uses that overlap, as those of chunks that share a replica do, count once: energy and utilization are the length of
     what the meters' spans cover together. Two replicas that share a device share its counter; where energy is
     integrated from power instead, both count.
     """
@@ -364,7 +364,7 @@ def _total(uses: Sequence[GpuUse]) -> GpuTotal:
         seconds=seconds or 0.0,
         energy_j=energy,
         energy_source=next(iter(sources)) if len(sources) == 1 else None,
-        mean_utilisation=min(busy_s / looked_s, 1.0) if busy_s is not None and looked_s else None,
+        mean_utilization=min(busy_s / looked_s, 1.0) if busy_s is not None and looked_s else None,
         mean_power_w=energy / seconds if energy is not None and seconds else None,
         peak_memory_bytes=_most(use.peak_memory_bytes for use in uses),
         memory_total_bytes=_most(use.memory_total_bytes for use in uses),
@@ -400,7 +400,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """Samples in a row as one, and the integral of the utilisation up to the last of them."""
+    """Samples in a row as one, and the integral of the utilization up to the last of them."""
 
     sample: GpuSample
     samples: int
@@ -420,8 +420,8 @@ class _Point:
 
         sample = replace(
             b,
-            utilisation=mean(a.utilisation, b.utilisation),
-            memory_utilisation=mean(a.memory_utilisation, b.memory_utilisation),
+            utilization=mean(a.utilization, b.utilization),
+            memory_utilization=mean(a.memory_utilization, b.memory_utilization),
             memory_used_bytes=_most((a.memory_used_bytes, b.memory_used_bytes)),
             memory_total_bytes=_most((a.memory_total_bytes, b.memory_total_bytes)),
             power_w=mean(a.power_w, b.power_w),
@@ -520,16 +520,16 @@ class _Device:
         if reasons is None:  # its name in drivers before 535
             reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
         at = self._clock()
-        utilisation = None if rates is None else rates.gpu / 100
+        utilization = None if rates is None else rates.gpu / 100
         power_w = None if power_mw is None else power_mw / 1000
-        self._advance(at, utilisation, power_w, None if counter_mj is None else counter_mj / 1000)
+        self._advance(at, utilization, power_w, None if counter_mj is None else counter_mj / 1000)
         return GpuSample(
             at=at,
             index=self._found.index,
             uuid=self.uuid,
             name=self._found.name,
-            utilisation=utilisation,
-            memory_utilisation=None if rates is None else rates.memory / 100,
+            utilization=utilization,
+            memory_utilization=None if rates is None else rates.memory / 100,
             memory_used_bytes=None if memory is None else int(memory.used),
             memory_total_bytes=None if memory is None else int(memory.total),
             power_w=power_w,
@@ -560,15 +560,15 @@ class _Device:
                 logger.debug("GPU %d: %s: %s", self._found.index, function, error)
             return None
 
-    def _advance(self, at: float, utilisation: float | None, power_w: float | None, counter_j: float | None) -> None:
+    def _advance(self, at: float, utilization: float | None, power_w: float | None, counter_j: float | None) -> None:
         """Move the meters on to a new sample; what is unknown leaves them where they are."""
         if self._source is None:
             self._source = "counter" if counter_j is not None else "power" if power_w is not None else None
         before = self.newest
         seconds = at - before.at if before is not None else 0.0
-        if utilisation is not None:
-            last = before.utilisation if before is not None else None
-            self._busy_s = (self._busy_s or 0.0) + seconds * _between(last, utilisation)
+        if utilization is not None:
+            last = before.utilization if before is not None else None
+            self._busy_s = (self._busy_s or 0.0) + seconds * _between(last, utilization)
         if self._source == "counter" and counter_j is not None:
             self._energy_j = counter_j
         elif self._source == "power" and power_w is not None:

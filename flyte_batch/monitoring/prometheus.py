@@ -54,7 +54,7 @@ _FROM_STATS: tuple[tuple[Metric, Labels, Callable[[hooks.Stats], float]], ...] =
 """Counters that are a batcher's own: metric, labels beside the engine, its value in a `flyte_batch.BatchStats`."""
 
 _FROM_GPUS: tuple[tuple[Metric, Callable[[gpu.GpuSample], float | None]], ...] = (
-    (metrics.GPU_UTILIZATION, lambda sample: sample.utilisation),
+    (metrics.GPU_UTILIZATION, lambda sample: sample.utilization),
     (metrics.GPU_MEMORY_USED, lambda sample: sample.memory_used_bytes),
     (metrics.GPU_MEMORY_SIZE, lambda sample: sample.memory_total_bytes),
     (metrics.GPU_POWER, lambda sample: sample.power_w),

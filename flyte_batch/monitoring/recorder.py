@@ -29,13 +29,13 @@ class ChunkRecording:
     Attributes:
         latencies: histogram of its records: seconds from queue to result.
         stalls: of the event loop.
-        engine_deaths: batchers that died meanwhile.
+        died: ids of batchers that died meanwhile.
     """
 
     def __init__(self) -> None:
         self.latencies: Counter[float] = Counter()
         self.stalls: list[Stall] = []
-        self.engine_deaths = 0
+        self.died: list[str] = []
 
 
 class _Series:
@@ -129,7 +129,7 @@ class Recorder:
                 recording.stalls.append(Stall(event.at, event.seconds, event.code))
         elif isinstance(event, EngineDied):
             for recording in self._recordings.values():
-                recording.engine_deaths += 1
+                recording.died.append(event.batcher)
 
 
 def _thinned(samples: list[Sample]) -> list[Sample]:

@@ -607,7 +607,7 @@ def _gpus(log: RunLog) -> Table | None:
             [
                 total.name,
                 total.uuid,
-                said(total.mean_utilisation, percent),
+                said(total.mean_utilization, percent),
                 memory,
                 said(total.mean_power_w, lambda watts: f"{watts:,.0f} W"),
                 said(total.energy_j, lambda joules: f"{number(joules / 3600)} Wh"),

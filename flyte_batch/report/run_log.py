@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import itertools
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.histograms import added
 from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall, gpu_use
 from flyte_batch.monitoring.gpu import GpuUse, merged
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from flyte_batch.data.parts import PartInfo
 
 MOST_SAMPLES = 600
@@ -30,6 +33,11 @@ MOST_SAMPLES = 600
 MOST_EXAMPLES = 3
 """Failed rows of each cause."""
 MOST_STALLS = 200
+MOST_OF_ANYTHING = 1e15
+"""A number in a file that is larger is none of ours: no run has so many tokens, joules, bytes or seconds."""
+
+
+Outcome = Literal["running", "done", "failed", "cancelled", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class RunLog:
         engines: by batcher.
         stalls: of event loops: (process, stall).
         gpus: what those of the replicas did, one entry a device and replica.
-        engine_deaths: that replicas told of.
+        died: ids of batchers whose death replicas told of, each once.
     """
 
     output: str
@@ -204,7 +212,7 @@ class RunLog:
     action: str = ""
     started: float = 0.0
     ended: float = 0.0
-    outcome: str = "running"
+    outcome: Outcome = "running"
     error: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     rows: int = 0
@@ -220,7 +228,7 @@ class RunLog:
     engines: dict[str, EngineLog] = field(default_factory=dict)
     stalls: list[tuple[str, Stall]] = field(default_factory=list)
     gpus: tuple[GpuUse, ...] = ()
-    engine_deaths: int = 0
+    died: list[str] = field(default_factory=list)
 
     # -- Filling it --------------------------------------------------------
 
@@ -272,10 +280,19 @@ class RunLog:
         for stall in details.stalls:
             if (details.process, stall) not in self.stalls and len(self.stalls) < MOST_STALLS:
                 self.stalls.append((details.process, stall))
-        self.gpus = merged((*self.gpus, *details.gpus))
-        self.engine_deaths += details.engine_deaths
+        if details.gpus:
+            samplers = {use.sampler for use in details.gpus}
+            others = tuple(use for use in self.gpus if use.sampler not in samplers)
+            own = (use for use in self.gpus if use.sampler in samplers)
+            self.gpus = (*others, *merged((*own, *details.gpus)))
+        self.died += [batcher for batcher in details.died if batcher not in self.died]
 
     # -- What follows from it ----------------------------------------------
+
+    @property
+    def engine_deaths(self) -> int:
+        """Engines that died, as far as it was told."""
+        return len(self.died)
 
     @property
     def seconds(self) -> float:
@@ -350,27 +367,41 @@ class RunLog:
 
     @classmethod
     def from_plain(cls, content: Mapping[str, Any]) -> RunLog:
-        """What `to_plain` gave.
+        """What `to_plain` gave; whatever it is, the log's values are of the types that it says they are.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        histograms = {
-            name: _with_numbers(content[name]) for name in ("prompt_lengths", "response_lengths", "latencies")
-        }
         engines = [
-            EngineLog(**(each | {"samples": [Sample(*sample) for sample in each["samples"]]}))
-            for each in content["engines"]
+            each | {"samples": [_named(Sample, sample) for sample in each["samples"]]} for each in content["engines"]
         ]
         made = {
-            "plan": Plan(**content["plan"]),
-            "examples": [Example(**each) for each in content["examples"]],
-            "chunks": [ChunkEntry(*each) for each in content["chunks"]],
-            "engines": {engine.batcher: engine for engine in engines},
-            "stalls": [(process, Stall(**stall)) for process, stall in content["stalls"]],
-            "gpus": tuple(gpu_use(each) for each in content["gpus"]),
+            "chunks": [_named(ChunkEntry, each) for each in content["chunks"]],
+            "engines": {engine["batcher"]: engine for engine in engines},
         }
-        return cls(**{**content, **histograms, **made})
+        return _checked_log({**content, **made})
+
+
+def _named(kind: type[Any], values: Iterable[object]) -> dict[str, object]:
+    """The values of a dataclass' fields by their names."""
+    return dict(zip((each.name for each in fields(kind)), values, strict=False))
+
+
+def _checked_log(content: Mapping[str, Any]) -> RunLog:
+    from pydantic import ValidationError
+
+    try:
+        return _log_type().validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+@functools.cache
+def _log_type() -> TypeAdapter[RunLog]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunLog)
 
 
 def _with_numbers(histogram: Mapping[str, int]) -> dict[float, int]:
@@ -413,6 +444,18 @@ def logs_to_json(logs: Iterable[RunLog]) -> bytes:
     return (json.dumps(content, separators=(",", ":")) + "\n").encode()
 
 
+def _sane(number: Callable[[str], float]) -> Callable[[str], float]:
+    """Reads numbers, but none with which nobody can reckon."""
+
+    def read(text: str) -> float:
+        value = number(text)
+        if not abs(value) <= MOST_OF_ANYTHING:
+            raise ValueError(f"the number {text[:40]}")
+        return value
+
+    return read
+
+
 def logs_from_json(data: bytes) -> list[RunLog]:
     """What `logs_to_json` gave.
 
@@ -420,7 +463,7 @@ def logs_from_json(data: bytes) -> list[RunLog]:
         ValueError: it is something else, or of another format version.
     """
     try:
-        content = json.loads(data)
+        content = json.loads(data, parse_int=_sane(int), parse_float=_sane(float), parse_constant=_sane(float))
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']}, this flyte_batch knows {FORMAT_VERSION}")
         return [RunLog.from_plain(each) for each in content["runs"]]

@@ -5,7 +5,7 @@ The environment variable FAKE_NVML names a file, read anew for every call, with 
     DEVICE NAME VALUE
 
 where DEVICE is a number, or P.I for MIG instance I of device P, or - for what is nobody's. A value that is not there is
-"not supported" on that device. Names: count (of -); uuid, name, utilisation, memory_utilisation, memory_used,
+"not supported" on that device. Names: count (of -); uuid, name, utilization, memory_utilization, memory_used,
 memory_total, power_mw, temperature, sm_clock, memory_clock, energy_mj, event_reasons, throttle_reasons, mig_mode,
 mig_places (of devices); lost, which fails every call; error, the code of every call that reads a value; hang, which
 holds every such call until it is taken out of the file. Without FAKE_NVML there is no driver.
@@ -128,8 +128,8 @@ int nvmlDeviceGetName(void *handle, char *name, unsigned int size) { return read
 int nvmlDeviceGetUUID(void *handle, char *uuid, unsigned int size) { return read_text(handle, "uuid", uuid, size); }
 
 int nvmlDeviceGetUtilizationRates(void *handle, Utilisation *rates) {
-    int code = read_unsigned(handle, "utilisation", &rates->gpu);
-    return code == SUCCESS ? read_unsigned(handle, "memory_utilisation", &rates->memory) : code;
+    int code = read_unsigned(handle, "utilization", &rates->gpu);
+    return code == SUCCESS ? read_unsigned(handle, "memory_utilization", &rates->memory) : code;
 }
 
 int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {

@@ -592,10 +592,13 @@ def test_bad_options_are_exit_code_2_and_named(options: tuple[str, ...], words: 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("import nowhere_to_be_found", "can't be loaded: ModuleNotFoundError: No module named 'nowhere_to_be_found'"),
+        (
+            "import nowhere_to_be_found",
+            "can't be loaded: ModuleNotFoundError: No module named 'nowhere_to_be_found': run this in the folder where",
+        ),
         ("1 +", "can't be loaded: SyntaxError"),
         ("raise SystemExit(0)", "can't be loaded: it ends the process"),
-        ("x = 1", "declares no flyte.TaskEnvironment"),
+        ("x = 1", "declares no flyte.TaskEnvironment: give the file that `flyte run` takes"),
     ],
 )
 def test_a_file_that_can_t_be_loaded_is_exit_code_2(source: str, words: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.details import ChunkDetails
 from flyte_batch.monitoring.events import BatchDone, Event
 from flyte_batch.monitoring.scope import current_scope, new_scope, scope_entered
+from flyte_batch.report.run_log import logs_from_json
 from tests.helpers import questions
 
 
@@ -401,3 +402,20 @@ async def test_the_time_until_the_loop_hears_of_a_finished_batch_is_not_the_devi
     assert stats.late_time_s > 0.25
     assert stats.busy_time_s < 0.2
     assert stats.idle_time_s == pytest.approx(stats.starved_time_s + stats.assembling_time_s + stats.late_time_s)
+
+
+async def test_a_death_that_many_chunks_saw_is_one_death(tmp_path: Path) -> None:
+    lives: list[fb.FakeEngine] = []
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        lives.append(fb.FakeEngine(dies_after=None if lives else 3))
+        return fb.EngineBatcher(lives[-1], max_batch_size=4, batch_timeout_s=0.001)
+
+    async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, solver, prompt="{question}")
+
+    source = questions(tmp_path / "in.jsonl", 80)
+    await fb.run(source, str(tmp_path / "out"), infer_chunk, chunk_size=20, concurrency=4)
+    (log,) = logs_from_json((tmp_path / "out" / "_report.json").read_bytes())
+    assert (log.rows, log.engine_deaths, len(lives)) == (80, 1, 2)

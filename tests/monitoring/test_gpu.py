@@ -109,21 +109,21 @@ def until(condition: Callable[[], bool]) -> None:
 class TestSample:
     def test_two_gpus_say_what_nvml_says_in_our_units(self, machine: Machine, start: Start) -> None:
         machine.add(
-            FIRST, utilisation=87, memory_utilisation=41, memory_used=20 * GIB, memory_total=24 * GIB, power_mw=71_500,
+            FIRST, utilization=87, memory_utilization=41, memory_used=20 * GIB, memory_total=24 * GIB, power_mw=71_500,
             temperature=63, sm_clock=2040, memory_clock=6251, energy_mj=123_456_789, event_reasons=0x24,
         )  # fmt: skip
-        machine.add(SECOND, "NVIDIA A10G", utilisation=0, memory_utilisation=0, power_mw=15_000)
+        machine.add(SECOND, "NVIDIA A10G", utilization=0, memory_utilization=0, power_mw=15_000)
         before = time.time()
         first, second = start().latest()
         assert before - 0.01 <= first.at <= time.time() + 0.01
         assert replace(first, at=0) == gpu.GpuSample(
-            at=0, index=0, uuid=FIRST, name="NVIDIA L4", utilisation=0.87, memory_utilisation=0.41,
+            at=0, index=0, uuid=FIRST, name="NVIDIA L4", utilization=0.87, memory_utilization=0.41,
             memory_used_bytes=20 * GIB, memory_total_bytes=24 * GIB, power_w=71.5, temperature_c=63, sm_clock_mhz=2040,
             memory_clock_mhz=6251, energy_j=123_456.789, energy_source="counter",
             throttle_reasons=("power_cap", "software_thermal"),
         )  # fmt: skip
         assert (second.index, second.uuid, second.name) == (1, SECOND, "NVIDIA A10G")
-        assert (second.utilisation, second.power_w, second.energy_j, second.energy_source) == (0, 15, 0, "power")
+        assert (second.utilization, second.power_w, second.energy_j, second.energy_source) == (0, 15, 0, "power")
 
     def test_what_is_not_supported_is_none_and_never_0(self, machine: Machine, start: Start) -> None:
         machine.add(FIRST)
@@ -140,24 +140,24 @@ class TestSample:
         assert start().latest()[0].throttle_reasons == ("idle",)
 
     def test_a_reading_that_fails_once_is_none_once(self, machine: Machine, start: Start) -> None:
-        machine.add(FIRST, utilisation=50, memory_utilisation=1, energy_mj=1000)
+        machine.add(FIRST, utilization=50, memory_utilization=1, energy_mj=1000)
         sampler = start()
         machine.set(0, error=999)
         sampler.sample()
-        assert (sampler.latest()[0].utilisation, sampler.latest()[0].energy_j) == (None, 1.0)
+        assert (sampler.latest()[0].utilization, sampler.latest()[0].energy_j) == (None, 1.0)
         machine.set(0, error=None, energy_mj=9000)
         sampler.sample()
-        assert (sampler.latest()[0].utilisation, sampler.latest()[0].energy_j) == (0.5, 9.0)
+        assert (sampler.latest()[0].utilization, sampler.latest()[0].energy_j) == (0.5, 9.0)
         assert sampler.totals()[0].energy_j == 8.0
 
 
 class TestSampler:
     def test_it_looks_by_itself_until_it_is_closed(self, machine: Machine) -> None:
-        machine.add(FIRST, utilisation=10, memory_utilisation=0)
+        machine.add(FIRST, utilization=10, memory_utilization=0)
         with GpuSampler(0.005) as sampler:
             until(lambda: len(sampler.samples()[FIRST]) > 2)
-            machine.set(0, utilisation=90)
-            until(lambda: sampler.latest()[0].utilisation == 0.9)
+            machine.set(0, utilization=90)
+            until(lambda: sampler.latest()[0].utilization == 0.9)
         assert sampler.is_closed
         seen = sampler.samples()
         sampler.sample()
@@ -190,7 +190,7 @@ class TestSampler:
     def test_a_gpu_that_answers_nothing_holds_nobody(
         self, machine: Machine, start: Start, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        machine.add(FIRST, utilisation=30, memory_utilisation=0)
+        machine.add(FIRST, utilization=30, memory_utilization=0)
         sampler = start()
         monkeypatch.setattr(gpu, "_PATIENCE_S", 0.05)
         machine.set(0, hang=1)
@@ -200,7 +200,7 @@ class TestSampler:
         until(lambda: len(sampler.samples()[FIRST]) == 2)
 
     def test_a_long_series_is_thinned_without_losing_energy_or_peaks(self, machine: Machine, start: Start) -> None:
-        machine.add(FIRST, utilisation=50, memory_utilisation=0, energy_mj=0, memory_used=GIB, memory_total=2 * GIB)
+        machine.add(FIRST, utilization=50, memory_utilization=0, energy_mj=0, memory_used=GIB, memory_total=2 * GIB)
         sampler = start(most_samples=16)
         began = sampler.latest()[0].at
         for number in range(1, 201):
@@ -210,7 +210,7 @@ class TestSampler:
         assert 8 <= len(samples) <= 16
         assert samples[0].at == began
         assert samples[-1].at == sampler.latest()[0].at
-        assert [sample.utilisation for sample in samples] == pytest.approx([0.5] * len(samples))
+        assert [sample.utilization for sample in samples] == pytest.approx([0.5] * len(samples))
         energies = [sample.energy_j for sample in samples if sample.energy_j is not None]
         assert energies[0] == 0
         steps = [after - before for before, after in pairwise(energies)]  # as many joules as samples
@@ -219,7 +219,7 @@ class TestSampler:
         assert sum(sample.memory_used_bytes == 2 * GIB for sample in samples) == 1
         (total,) = sampler.totals()
         assert (total.energy_j, total.peak_memory_bytes) == (200.0, 2 * GIB)
-        assert total.mean_utilisation == pytest.approx(0.5)
+        assert total.mean_utilization == pytest.approx(0.5)
 
     @pytest.mark.parametrize("options", [{"interval_s": 0}, {"interval_s": -1}, {"interval_s": 1, "most_samples": 1}])
     def test_numbers_that_make_no_sense_are_refused(self, options: dict[str, Any]) -> None:
@@ -241,11 +241,11 @@ class TestUse:
         assert use.energy_end_j == 150
 
     def test_without_a_counter_energy_is_power_over_time(self, machine: Machine, start: Start) -> None:
-        machine.add(FIRST, power_mw=100_000, utilisation=20, memory_utilisation=0)
+        machine.add(FIRST, power_mw=100_000, utilization=20, memory_utilization=0)
         sampler = start()
         began = sampler.latest()[0].at
         sampler.sample()
-        machine.set(0, power_mw=300_000, utilisation=60)
+        machine.set(0, power_mw=300_000, utilization=60)
         sampler.sample()
         middle, end = (sample.at for sample in sampler.samples()[FIRST][1:])
         (total,) = sampler.totals()  # looks once more
@@ -255,7 +255,7 @@ class TestUse:
         assert total.energy_j == pytest.approx(joules)
         assert total.mean_power_w == pytest.approx(joules / total.seconds)
         busy = (middle - began) * 0.2 + (end - middle) * 0.4 + after * 0.6
-        assert total.mean_utilisation == pytest.approx(busy / total.seconds)
+        assert total.mean_utilization == pytest.approx(busy / total.seconds)
 
     def test_peaks_are_those_of_the_time(self, machine: Machine, start: Start) -> None:
         machine.add(FIRST, memory_used=3 * GIB, memory_total=8 * GIB, temperature=80, event_reasons=0x40)
@@ -275,14 +275,14 @@ class TestUse:
         assert sampler.use_between(0, 1) == ()
 
     def test_a_use_is_plain_data(self, machine: Machine, start: Start) -> None:
-        machine.add(FIRST, utilisation=50, memory_utilisation=1, energy_mj=1000, event_reasons=0x4)
+        machine.add(FIRST, utilization=50, memory_utilization=1, energy_mj=1000, event_reasons=0x4)
         (use,) = start().use_between(0, time.time())
         fields = json.loads(json.dumps(asdict(use)))
         assert GpuUse(**fields | {"throttle_reasons": tuple(fields["throttle_reasons"])}) == use
 
 
 def use_of(start: float, end: float, uuid: str = FIRST, **fields: Any) -> GpuUse:
-    """A use of a device whose counter goes up by 10 J a second, at a utilisation of a half."""
+    """A use of a device whose counter goes up by 10 J a second, at a utilization of a half."""
     values: dict[str, Any] = {
         "sampler": "one", "busy_start_s": start / 2, "busy_end_s": end / 2, "energy_start_j": 10 * start,
         "energy_end_j": 10 * end, "energy_source": "counter", "peak_memory_bytes": None, "memory_total_bytes": None,
@@ -294,7 +294,7 @@ def use_of(start: float, end: float, uuid: str = FIRST, **fields: Any) -> GpuUse
 class TestTotals:
     def test_chunks_that_overlap_count_once(self) -> None:
         (total,) = gpu_totals([use_of(100, 160), use_of(130, 200), use_of(140, 150)])
-        assert (total.seconds, total.energy_j, total.mean_utilisation, total.mean_power_w) == (100, 1000, 0.5, 10)
+        assert (total.seconds, total.energy_j, total.mean_utilization, total.mean_power_w) == (100, 1000, 0.5, 10)
 
     def test_time_between_chunks_is_not_counted(self) -> None:
         (total,) = gpu_totals([use_of(100, 150), use_of(1000, 1050)])
@@ -309,7 +309,7 @@ class TestTotals:
         (total,) = gpu_totals(
             [use_of(100, 150, sampler="a"), use_of(100, 150, sampler="b", busy_start_s=0.0, busy_end_s=25.0)]
         )
-        assert (total.energy_j, total.mean_utilisation, total.seconds) == (500, 0.5, 50)
+        assert (total.energy_j, total.mean_utilization, total.seconds) == (500, 0.5, 50)
 
     def test_power_that_was_integrated_belongs_to_who_did_it(self) -> None:
         meters = {"energy_source": "power", "energy_start_j": 0.0, "energy_end_j": 70.0}
@@ -398,7 +398,7 @@ class TestMig:
         instance, other = start().latest()
         assert (instance.index, instance.uuid, instance.name) == (0, INSTANCE, "NVIDIA H100 MIG 1g.10gb")
         assert (instance.memory_used_bytes, instance.memory_total_bytes) == (GIB, 10 * GIB)
-        assert (instance.utilisation, instance.power_w, instance.energy_j) == (None, None, None)
+        assert (instance.utilization, instance.power_w, instance.energy_j) == (None, None, None)
         assert (other.uuid, other.energy_j) == (SECOND, 1.0)
 
     @pytest.mark.parametrize("visible", [INSTANCE, "MIG-3333"])
@@ -476,8 +476,8 @@ def test_the_energy_of_a_run_is_power_times_its_seconds_however_many_chunks_shar
     library: Path, tmp_path: Path
 ) -> None:
     machine = Machine(tmp_path / "gpus")
-    machine.add(FIRST, power_mw=100_000, utilisation=40, memory_utilisation=0)
-    machine.add(SECOND, power_mw=50_000, utilisation=0, memory_utilisation=0)
+    machine.add(FIRST, power_mw=100_000, utilization=40, memory_utilization=0)
+    machine.add(SECOND, power_mw=50_000, utilization=0, memory_utilization=0)
     source, output = questions(tmp_path / "questions.jsonl", 100), tmp_path / "output"
     printed = run(
         RUN, source, str(output), LD_LIBRARY_PATH=str(library), FAKE_NVML=str(machine.path), FLYTE_BATCH_PROGRESS="off"
@@ -485,9 +485,9 @@ def test_the_energy_of_a_run_is_power_times_its_seconds_however_many_chunks_shar
     run_s, tokens = (float(value) for value in printed.split())
     (log,) = json.loads((output / "_report.json").read_text())["runs"]
     totals = gpu_totals(gpu_use(each) for each in log["gpus"])
-    for total, watts, utilisation in zip(totals, (100, 50), (0.4, 0), strict=True):
+    for total, watts, utilization in zip(totals, (100, 50), (0.4, 0), strict=True):
         assert total.mean_power_w == pytest.approx(watts)
-        assert total.mean_utilisation == pytest.approx(utilisation)
+        assert total.mean_utilization == pytest.approx(utilization)
         assert 0.9 < total.seconds <= run_s  # ten batches of 0.1 s
     page = (output / "_report.html").read_text()
     found = re.search(r"([\d.,]+) Wh per million tokens", page)

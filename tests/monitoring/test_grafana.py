@@ -160,7 +160,7 @@ async def test_every_query_finds_something_while_there_is_work(
     from flyte_batch.monitoring.prometheus import serve
 
     sample = gpu.GpuSample(
-        at=0, index=0, uuid="GPU-0", name="NVIDIA A10G", utilisation=0.5, memory_utilisation=0.5, memory_used_bytes=1,
+        at=0, index=0, uuid="GPU-0", name="NVIDIA A10G", utilization=0.5, memory_utilization=0.5, memory_used_bytes=1,
         memory_total_bytes=2, power_w=1, temperature_c=1, sm_clock_mhz=1, memory_clock_mhz=1, energy_j=1,
         energy_source="counter", throttle_reasons=(),
     )  # fmt: skip

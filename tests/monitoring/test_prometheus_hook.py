@@ -517,14 +517,14 @@ async def test_promtools_linter_has_nothing_to_say(registry: Any, monkeypatch: p
 
 
 GPU = gpu.GpuSample(
-    at=0, index=1, uuid="GPU-1", name="NVIDIA A10G", utilisation=0.75, memory_utilisation=0.5, memory_used_bytes=2**30,
+    at=0, index=1, uuid="GPU-1", name="NVIDIA A10G", utilization=0.75, memory_utilization=0.5, memory_used_bytes=2**30,
     memory_total_bytes=2**34, power_w=180.5, temperature_c=60, sm_clock_mhz=1000, memory_clock_mhz=5000, energy_j=900.0,
     energy_source="counter", throttle_reasons=(),
 )  # fmt: skip
 
 
 def test_gpus_are_what_the_sampler_saw_last(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "latest", lambda: (GPU, replace(GPU, index=2, utilisation=None)))
+    monkeypatch.setattr(gpu, "latest", lambda: (GPU, replace(GPU, index=2, utilization=None)))
     series = scraped(registry)
     found = {
         name: value(series, f"flyte_batch_gpu_{name}", gpu="1", name="NVIDIA A10G")

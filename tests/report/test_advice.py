@@ -143,7 +143,7 @@ def test_failures_of_one_cause_come_first_and_say_what_to_do() -> None:
 
 
 def test_dead_engines_are_told_even_of_the_shortest_run() -> None:
-    log = make_log(busy=0.1, loading=0.1, starved=0.1, assembling=0, late=0, tail=0, engine_deaths=2)
+    log = make_log(busy=0.1, loading=0.1, starved=0.1, assembling=0, late=0, tail=0, died=["a", "b"])
     assert titles(log) == ["Engines died 2 times"]
 
 

@@ -54,7 +54,7 @@ def parts_log() -> RunLog:
 
 LOGS: dict[str, Callable[[], list[RunLog]]] = {
     "done": lambda: [full_log(outcome="cancelled", error=LONG), full_log()],
-    "failed": lambda: [full_log(outcome="failed", error=f"ChunkFailed: {HOSTILE} {LONG}", engine_deaths=2)],
+    "failed": lambda: [full_log(outcome="failed", error=f"ChunkFailed: {HOSTILE} {LONG}", died=["a", "b"])],
     "running": lambda: [full_log(outcome="running")],
     "many": lambda: [make_log(replicas=120, chunks=2)],
     "parts": lambda: [parts_log()],
