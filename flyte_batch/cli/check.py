@@ -118,7 +118,7 @@ def _load(file: Path) -> Workflow:
         BadInput: there is no such file, it can't be imported, or declares no environment.
     """
     if not file.is_file():
-        raise BadInput(f"there is no file {file}")
+        raise BadInput(f"there is no file {file}: give the path of a workflow, such as workflows/generate.py")
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is no part of the list
         module = _import(file)
     values = list(vars(module).values())
@@ -126,7 +126,7 @@ def _load(file: Path) -> Workflow:
     entries = [each for each in values if isinstance(getattr(each, "parent_env_name", None), str)]
     environments += [parent for task in entries if (parent := task.parent_env and task.parent_env()) is not None]
     if not environments:
-        raise BadInput(f"{file} declares no flyte.TaskEnvironment")
+        raise BadInput(f"{file} declares no flyte.TaskEnvironment: give the file that `flyte run` takes")
     return describe(str(file), environments, entries)
 
 
@@ -136,11 +136,14 @@ def _import(file: Path) -> ModuleType:
             sys.path.append(str(folder))
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise BadInput(f"{file} is no Python file")
+        raise BadInput(f"{file} is no Python file: give the one that `flyte run` takes")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        hint = "run this in the folder where `flyte run` finds it, or install it"
+        raise BadInput(f"{file} can't be loaded: {type(error).__name__}: {error}: {hint}") from error
     except Exception as error:
         raise BadInput(f"{file} can't be loaded: {type(error).__name__}: {error}") from error
     except SystemExit as error:
