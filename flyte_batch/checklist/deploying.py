@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 
 from flyte_batch.checklist.findings import Finding
 from flyte_batch.checklist.workflow import Image, Task, Trigger, Workflow
+from flyte_batch.report.settings import is_secret_name, is_secret_text
 
-_SECRET_WORDS = {"secret", "password", "passwd", "passphrase", "token", "apikey", "credential", "credentials"}
-_SECRET_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("auth", "key"), ("signing", "key")}
 _WHERE = {"file", "path", "dir"}
-_SECRET_VALUES = re.compile(
-    r"""
-    (?<![A-Za-z0-9]) (?: sk- | hf_ | gh[pousr]_ | github_pat_ | glpat- | xox[abprs]- ) [\w-]{16,}  # of known services
-    | \b AKIA [0-9A-Z]{16} \b                                                      # AWS
-    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY-----
-    | \b eyJ [\w-]{10,} \. [\w-]{10,} \. [\w-]{10,}                                # a JSON web token
-    | :// [^/\s:@]+ : [^/\s@]+ @                                                   # a password in a URL
-    """,
-    re.VERBOSE,
-)
 _PINNED = re.compile(r"==\s*[\w.!+-]+$|===|@\s*\S+|^\s*(git\+|https?://|/|\.)|\.whl\b")
 
 
@@ -83,11 +71,10 @@ def check_secrets(workflow: Workflow) -> Iterator[Finding]:
 def _is_secret(name: str, value: object) -> bool:
     if not isinstance(value, str) or not value:
         return False
-    words = re.split(r"[_\W]+", name.lower())
-    if words[-1] in _WHERE or value.lower() in ("true", "false") or value.replace(".", "").isdecimal():
+    is_place = re.split(r"[_\W]", name.lower())[-1] in _WHERE
+    if is_place or value.lower() in ("true", "false") or value.replace(".", "").isdecimal():
         return False
-    named = bool(_SECRET_WORDS & set(words)) or bool(_SECRET_PAIRS & set(itertools.pairwise(words)))
-    return named or _SECRET_VALUES.search(value) is not None
+    return is_secret_name(name) or is_secret_text(value)
 
 
 def check_schedule(workflow: Workflow) -> Iterator[Finding]:

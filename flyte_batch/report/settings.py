@@ -1,4 +1,4 @@
-"""A run's settings as rows of a table, and what must not be seen there."""
+"""A run's settings as rows of a table, and what is too secret to be seen."""
 
 from __future__ import annotations
 
@@ -18,9 +18,25 @@ _SECRET_NAME = re.compile(
 )
 """``hf_token`` and ``secret_value``, but not ``max_tokens`` or ``stop_token_ids``."""
 _SECRET_TEXT = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_\-]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{16,}|xox[abprs]-[\w\-]{8,}|"
-    r"eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]+)|-----BEGIN [A-Z ]*PRIVATE KEY|\w://[^/\s:@]+:[^/\s@]+@"
+    r"""
+    (?<![A-Za-z0-9])
+    (?: (?: sk- | github_pat_ | glpat- ) [\w-]{16,} | (?: hf_ | gh[pousr]_ ) [A-Za-z0-9]{16,}  # of known services
+        | xox[abprs]- [\w-]{8,} | AKIA [0-9A-Z]{16} \b | eyJ [\w-]{8,} \. [\w-]{8,} \. [\w-]+ )
+    | -----BEGIN\ [A-Z ]*PRIVATE\ KEY
+    | :// [^/\s:@]* : [^/\s@]+ @  # a password in a URL
+    """,
+    re.VERBOSE,
 )
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what has this name is likely to be a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def is_secret_text(text: str) -> bool:
+    """Whether a text has the form of a secret, or holds one."""
+    return _SECRET_TEXT.search(text) is not None
 
 
 def flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -28,19 +44,19 @@ def flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str
     for key, value in settings.items():
         name = f"{prefix}{key}"
         inside = value if isinstance(value, Mapping) else _object(value)
-        if _SECRET_NAME.search(str(key)):
+        if is_secret_name(str(key)):
             yield name, MASK
         elif inside:
             yield from flat(inside, f"{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(_masked(value), ensure_ascii=False, default=str)
-            yield name, MASK if _SECRET_TEXT.search(text) else cut(text, MOST_CHARACTERS)
+            yield name, MASK if is_secret_text(text) else cut(text, MOST_CHARACTERS)
 
 
 def _masked(value: object) -> object:
     """A value in which the entries of mappings whose names are those of secrets are masked."""
     if isinstance(value, Mapping):
-        return {key: MASK if _SECRET_NAME.search(str(key)) else _masked(each) for key, each in value.items()}
+        return {key: MASK if is_secret_name(str(key)) else _masked(each) for key, each in value.items()}
     return [_masked(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -301,7 +301,7 @@ def test_secrets_are_named_and_never_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "variables",
     ['{"TOKENIZERS_PARALLELISM": "false"}', '{"MAX_TOKEN": "512"}', '{"HF_TOKEN_PATH": "/etc/token"}',
-     '{"RUN": "task-abcdefghijklmnopqrst"}', '{"HF_TOKEN": ""}', '{"URL": "http://host:80/a@b"}'],
+     '{"RUN": "task-abcdefghijklmnopqrst"}', '{"HF_TOKEN": ""}', '{"DB_PASSWORD_FILE": "/run/secrets/db"}', '{"URL": "http://host:80/a@b"}'],
 )  # fmt: skip
 def test_what_only_sounds_like_a_secret_is_none(variables: str, tmp_path: Path) -> None:
     source = changed('env_vars={"MODE": "batch"}', f"env_vars={variables}")

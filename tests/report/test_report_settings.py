@@ -52,10 +52,18 @@ def test_what_only_sounds_like_a_secret_is_shown(name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["hf_" + "a" * 20, "sk-" + "a1" * 12, "AKIA" + "A" * 16, "ghp_" + "a" * 20, "postgres://user:pass@host/db",
+     "redis://:pass@host:6379", "glpat-" + "a" * 20, "github_pat_" + "a" * 22, "xoxb-" + "1" * 12,
      "Bearer eyJhbGciOiJI.eyJzdWIiOiIx.abc", "-----BEGIN RSA PRIVATE KEY-----\nMII"],
 )  # fmt: skip
 def test_what_has_the_form_of_a_secret_is_masked_under_any_name(text: str) -> None:
     assert list(flat({"model": text})) == [("model", MASK)]
+
+
+@pytest.mark.parametrize(
+    "text", ["task-abcdefghijklmnopqrst", "http://host:80/a@b", "s3://bucket/sk-1", "hf_models_of_everybody"]
+)
+def test_what_only_looks_like_a_secret_is_shown(text: str) -> None:
+    assert list(flat({"model": text})) == [("model", text)]
 
 
 def test_long_values_are_cut() -> None:
