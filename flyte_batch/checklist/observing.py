@@ -17,7 +17,6 @@ _PACKAGES = {
 }
 """What a backend imports."""
 
-_OTLP = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 _REACHABLE = 'monitoring=["prometheus:0.0.0.0:9464"], "push:http://GATEWAY" or "otel"'
 
@@ -36,7 +35,7 @@ def check_monitoring(workflow: Workflow) -> Iterator[Finding]:
 
 
 def _named(environment: Environment) -> list[str]:
-    return [name.strip() for name in environment.env_vars.get(backends.VARIABLE, "").split(",") if name.strip()]
+    return backends.named(environment.env_vars.get(backends.VARIABLE, ""))
 
 
 def _backends(environment: Environment) -> Finding:
@@ -82,7 +81,9 @@ def _reachable(environment: Environment) -> Finding:
         if host and not host.startswith(_LOOPBACK):
             return Finding(check, environment.name, "ok", f"scraped at {kinds['prometheus'].partition(':')[2]}")
     if "otel" in kinds:
-        target = next((environment.env_vars[name] for name in _OTLP if environment.env_vars.get(name)), "")
+        target = next(
+            (environment.env_vars[name] for name in backends.METRICS_ENDPOINTS if environment.env_vars.get(name)), ""
+        )
         if target:
             return Finding(check, environment.name, "ok", f"sent to {target}")
         evidence = "otel: where its exporter sends to is not said in the environment's variables"

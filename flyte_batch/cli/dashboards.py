@@ -17,7 +17,7 @@ from flyte_batch.monitoring.metrics import page
 def _threshold_options(function: Any) -> Any:
     for each in reversed(fields(Thresholds)):
         function = click.option(
-            f"--{each.name.replace('_', '-')}",
+            f"--{each.name}",
             type=type(each.default),
             default=each.default,
             show_default=True,

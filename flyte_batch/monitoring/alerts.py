@@ -121,7 +121,7 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
             "A run of {{ $labels.job }} is under way, and gets no row done.",
             f"No chunk was committed for {limits.no_progress_s:g} seconds.",
             "See in the UI whether chunks wait for replicas (no machine, image or quota to be had), load the model, or "
-            "fail again and again. If a chunk takes longer than that, make chunks smaller or raise --no-progress-s.",
+            "fail again and again. If a chunk takes longer than that, make chunks smaller or raise --no_progress_s.",
         ),
         _rule(
             "FlyteBatchReplicaStalled",

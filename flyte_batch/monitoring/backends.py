@@ -27,8 +27,10 @@ VARIABLE = "FLYTE_BATCH_MONITORING"
 DEFAULT_PORT = 9464
 """Of OpenTelemetry's Prometheus exporter; nobody else's."""
 
-OTLP_ENDPOINTS = tuple(f"OTEL_EXPORTER_OTLP_{what}ENDPOINT" for what in ("", "TRACES_", "METRICS_"))
-"""Variables of OpenTelemetry's SDK that say where spans and metrics go."""
+METRICS_ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""Variables of OpenTelemetry's SDK that say where metrics go; the first that is set does."""
+OTLP_ENDPOINTS = (*METRICS_ENDPOINTS, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+"""Those that say where metrics and spans go."""
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +148,6 @@ def _otel() -> None:
     from flyte_batch.monitoring.otel import OtelHook
 
     start_tracing()
-    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(
-        map(os.environ.get, (OTLP_ENDPOINTS[0], OTLP_ENDPOINTS[2]))
-    ):
+    if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, METRICS_ENDPOINTS)):
         metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
     hooks.subscribe(OtelHook())

@@ -33,7 +33,7 @@ def test_what_is_committed_is_what_it_writes(tmp_path: Path) -> None:
 
 
 def test_thresholds_are_options(tmp_path: Path) -> None:
-    run = dashboards("--output", str(tmp_path), "--error-rate", "0.123", "--engine-deaths", "7")
+    run = dashboards("--output", str(tmp_path), "--error_rate", "0.123", "--engine_deaths", "7")
     assert run.exit_code == 0, run.output
     expressions = {
         rule["alert"]: rule["expr"]
@@ -46,7 +46,7 @@ def test_thresholds_are_options(tmp_path: Path) -> None:
 def test_every_threshold_is_in_the_help() -> None:
     text = dashboards("--help").output
     for each in fields(Thresholds):
-        assert f"--{each.name.replace('_', '-')}" in text
+        assert f"--{each.name}" in text
 
 
 def test_a_threshold_that_makes_no_sense_is_a_usage_error_and_writes_nothing(tmp_path: Path) -> None:
