@@ -14,6 +14,7 @@ _COMMANDS = {
     "load": "Find the rate up to which a batcher keeps its service level.",
     "check": "Go through the production checklist of a workflow.",
     "dashboards": "Write the Grafana dashboard and the Prometheus alert rules.",
+    "kernels": "Say where a model's time goes, from traces of the torch profiler.",
 }
 
 
@@ -36,4 +37,4 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, name="batch")
 def batch() -> None:
-    """Batch inference: reports, load tests, checks, dashboards."""
+    """Batch inference: reports, load tests, checks, dashboards, profiles."""

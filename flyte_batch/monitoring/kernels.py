@@ -1,6 +1,6 @@
 """Where a model's time goes: seconds by class of kernel, from traces of the torch profiler.
 
-``python -m flyte_batch.monitoring.kernels TRACE...`` prints the table of traces that are there. This makes some:
+``flyte batch kernels TRACE...`` prints the table of traces that are there. This makes some:
 
     engine = await fb.VLLMEngine.start(model, engine_args=profiler_options("/tmp/traces"))
     async with profiled(engine, "profile") as profile:
@@ -14,17 +14,15 @@ dozens of bytes for each operation.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gzip
 import importlib
 import re
 import shutil
-import sys
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -377,25 +375,3 @@ def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
 def _moved(traces: Iterable[Path], folder: Path) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     return tuple(Path(shutil.move(trace, folder / trace.name)) for trace in sorted(traces))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 1 for a file that is no trace."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flyte_batch.monitoring.kernels", description="Time by class of kernel, from torch's traces."
-    )
-    parser.add_argument("traces", nargs="+", metavar="TRACE", help="a trace, .json or .json.gz, or a folder of them")
-    try:
-        paths = parser.parse_args(arguments).traces
-        missing = [path for path in paths if not trace_files(path)]
-        if missing:
-            raise BadInput(f"{missing[0]}: there is no such trace, nor a folder with *.pt.trace.json* in it")
-        print(kernel_table(*(file for path in paths for file in trace_files(path))))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

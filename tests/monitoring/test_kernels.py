@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from flyte_batch.cli import batch
 from flyte_batch.engines.fake import FakeEngine
 from flyte_batch.errors import BadInput, EngineError
 from flyte_batch.monitoring.kernels import (
@@ -354,25 +356,21 @@ class TestProfiled:
         assert config["torch_profiler_dir"] == str(Path.cwd() / "traces")
 
 
-class TestCommandLine:
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flyte_batch.monitoring.kernels", *arguments],
-            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+class TestCommand:
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(batch, ["kernels", *arguments])
 
     def test_a_file_or_a_folder_gives_the_table(self, tmp_path: Path) -> None:
         trace = write(tmp_path / "rank0.1.pt.trace.json.gz", GPU_EVENTS)
         write(tmp_path / "host_1.async_llm.1.pt.trace.json.gz", [event("aten::mm", 0, 1, "cpu_op")])
         done = self.run(str(tmp_path))
-        assert (done.returncode, done.stdout) == (0, f"{kernel_table(trace)}\n")
+        assert (done.exit_code, done.stdout) == (0, f"{kernel_table(trace)}\n")
         assert self.run(str(trace)).stdout == done.stdout
 
     def test_what_is_not_there_is_one_line(self, tmp_path: Path) -> None:
         for name in ("gone.json", "."):
             done = self.run(str(tmp_path / name))
-            assert (done.returncode, done.stdout) == (1, "")
-            assert (
-                done.stderr
-                == f"error: {tmp_path / name}: there is no such trace, nor a folder with *.pt.trace.json* in it\n"
+            assert (done.exit_code, done.stdout) == (1, "")
+            assert done.stderr == (
+                f"Error: {tmp_path / name}: there is no such trace, nor a folder with *.pt.trace.json* in it\n"
             )
