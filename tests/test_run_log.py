@@ -19,6 +19,7 @@ from flyte_batch.report.run_log import (
     logs_from_json,
     logs_to_json,
 )
+from tests.report.logs import gpu_use
 
 PLAN = Plan(100, 10, 10, 0, 0, replicas=2, concurrency=4, batch_rows=256, rows_per_s=100.0, price_per_hour=3.6)
 
@@ -107,6 +108,14 @@ def test_sums_failures_and_examples_come_from_the_chunks() -> None:
     assert (log.causes, log.latencies, log.prompt_lengths) == ({"BadRecord": 6}, {0.1: 9}, {4.0: 24})
     assert [example.row for example in log.examples] == [3, 4, 3]
     assert (log.died, log.engine_deaths) == (["x", "y"], 2)  # three chunks told of the same two
+
+
+def test_what_a_replica_tells_of_its_gpus_leaves_those_of_others_alone() -> None:
+    log = log_of(details("a", 0, 1, 4, gpus=(gpu_use("GPU-1"),)), details("b", 0, 1, 4, gpus=(gpu_use("GPU-2"),)))
+    other = log.gpus[1]
+    log.add_chunk(ChunkEntry(2, 10, 0, 5, 5), details("a", 4, 4, 8, gpus=(gpu_use("GPU-1", seconds=200),)))
+    assert {gpu.uuid: gpu.end - gpu.start for gpu in log.gpus} == {"GPU-1": 200, "GPU-2": 100}
+    assert any(gpu is other for gpu in log.gpus)  # thousands of replicas' GPUs are not merged anew for every chunk
 
 
 def test_a_log_survives_its_file_and_a_broken_file_is_said_to_be_one() -> None:

@@ -44,6 +44,8 @@ def percent(share: float) -> str:
 
 def seconds(value: float) -> str:
     """``12 ms``, ``6.3 s``, ``2 min 5 s``, ``1 h 4 min``, ``2 d 3 h``."""
+    if not math.isfinite(value):
+        return "unknown"
     if value < 0.0995:
         return f"{number(value * 1000)} ms" if value > 0 else "0 s"
     if value < 9.95:
@@ -74,8 +76,11 @@ def size(value: float) -> str:
 
 
 def moment(unix_time: float) -> Markup:
-    """A ``<time>`` element in UTC."""
-    at = datetime.fromtimestamp(unix_time, UTC)
+    """A ``<time>`` element in UTC; ``unknown`` for a time that no calendar has."""
+    try:
+        at = datetime.fromtimestamp(unix_time, UTC)
+    except (OverflowError, OSError, ValueError):
+        return Markup("unknown")
     return Markup('<time datetime="{}">{}</time>').format(
         at.strftime("%Y-%m-%dT%H:%M:%SZ"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
     )

@@ -132,12 +132,18 @@ def render_page(logs: Sequence[RunLog], samples: Sequence[SampleAnswer] = ()) ->
             says so, and shows the last that did something.
         samples: answers to show.
     """
-    return _template("page.html").render(report=make_report(logs, samples), style=_style(), page=True)
+    return _rendered("page.html", logs, samples)
 
 
 def render_fragment(logs: Sequence[RunLog], samples: Sequence[SampleAnswer] = ()) -> str:
     """The same, to be put into an element of another page; its styles keep to themselves."""
-    return _template("fragment.html").render(report=make_report(logs, samples), style=_style(), page=False)
+    return _rendered("fragment.html", logs, samples)
+
+
+def _rendered(template: str, logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> str:
+    """Text that has an encoding: half a surrogate pair, as an error's message may hold it, is escaped."""
+    text = _template(template).render(report=make_report(logs, samples), style=_style(), page=template == "page.html")
+    return text.encode(errors="backslashreplace").decode()
 
 
 @functools.cache

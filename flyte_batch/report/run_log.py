@@ -20,7 +20,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.histograms import added
-from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall, gpu_use
+from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
 from flyte_batch.monitoring.gpu import GpuUse, merged
 
 if TYPE_CHECKING:
@@ -391,10 +391,16 @@ def _checked_log(content: Mapping[str, Any]) -> RunLog:
     from pydantic import ValidationError
 
     try:
-        return _log_type().validate_python(content)
+        log = _log_type().validate_python(content)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    plan = log.plan
+    if plan.rows < 0 or min(plan.replicas, plan.concurrency, plan.batch_rows) < 1 or plan.rows_per_s <= 0:
+        raise ValueError(f"nobody plans that: {plan}")
+    if not 0 <= log.failures <= log.rows:
+        raise ValueError(f"{log.failures} of {log.rows} rows failed")
+    return log
 
 
 @functools.cache
