@@ -39,8 +39,9 @@ _attached = False
 
 
 def named(value: str) -> list[str]:
-    """The backends that a value of the variable names."""
-    return [name for each in value.split(",") if (name := each.strip())]
+    """The backends that a value of the variable names, each once; ``logs:debug`` has all that ``logs`` has."""
+    names = dict.fromkeys(name for each in value.split(",") if (name := each.strip()))
+    return [name for name in names if name != "logs" or "logs:debug" not in names]
 
 
 def _of_this_process() -> list[str]:
@@ -85,9 +86,9 @@ def attach_backends() -> None:
                 "monitoring: %s is off, because %s can't be imported: install flyte-batch with the extra monitoring",
                 name.partition(":")[0], error.name,
             )  # fmt: skip
-        except (BadInput, OSError) as error:
+        except Exception as error:  # of a library or the system: no reason to lose a run
             # A BadInput says by itself which one it is.
-            what = "monitoring: " + name.partition(":")[0] if isinstance(error, OSError) else "one backend"
+            what = "one backend" if isinstance(error, BadInput) else "monitoring: " + name.partition(":")[0]
             logger.warning("%s is off: %s", what, error)
 
 

@@ -1,7 +1,8 @@
 """Who hears of events: `subscribe` a `Hook`, and every event of the process is given to it.
 
 A hook is called where the event happens, mostly on the event loop, sometimes on a thread (`LoopBlocked`): it must be
-quick, and leave slow work to a thread of its own. Whatever it raises is logged once and goes no further.
+quick, and leave slow work to a thread of its own. Whatever it raises is logged once and goes no further, a
+``CancelledError`` included; only ``KeyboardInterrupt`` and ``SystemExit``, with which signals end a process, do.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def emit(event: Event) -> None:
     for hook in _hooks:
         try:
             hook.on_event(event)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             if id(hook) not in _failed:
                 _failed.add(id(hook))
                 logger.warning(

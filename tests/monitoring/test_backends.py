@@ -68,6 +68,31 @@ def test_what_cannot_be_attached_is_a_warning_and_the_run_goes_on(tmp_path: Path
     assert fb.read_output(str(tmp_path / "out")).num_rows == 20
 
 
+def test_a_library_that_fails_is_a_warning_and_the_run_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    broken = """
+import prometheus_client
+
+def start_http_server(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+prometheus_client.start_http_server = start_http_server
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", broken + PROGRAM, questions(tmp_path / "in.jsonl", 20), str(tmp_path / "out")],
+        cwd=ROOT, env={**ENVIRONMENT, VARIABLE: "prometheus"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "monitoring: prometheus is off: can't start new thread" in done.stderr
+
+
+@pytest.mark.parametrize("backends", ["logs,logs", " logs, ,logs:debug,logs"])
+def test_a_backend_that_is_named_twice_is_attached_once(tmp_path: Path, backends: str) -> None:
+    done = run(tmp_path, backends)
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert events.count("run_started") == 1
+
+
 def test_a_library_that_is_not_installed_is_named_with_the_extra(tmp_path: Path) -> None:
     block = "import sys; sys.modules['prometheus_client'] = None\n"
     done = subprocess.run(

@@ -195,15 +195,19 @@ class Broken:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
     def on_event(self, event: Event) -> None:
-        raise KeyError("a bug in a hook")
+        raise self._error
 
 
 @BOTH
+@pytest.mark.parametrize("error", [KeyError("a bug in a hook"), asyncio.CancelledError()])
 async def test_a_failing_hook_breaks_no_batch_is_logged_once_and_the_others_still_hear(
-    kind: int, caplog: pytest.LogCaptureFixture
+    kind: int, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unsubscribe = hooks.subscribe(Broken())
+    unsubscribe = hooks.subscribe(Broken(error))
     try:
         with listening() as heard:
             async with batchers()[kind]() as batcher:
