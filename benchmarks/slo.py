@@ -21,7 +21,8 @@ from flyte_batch.engines import CTranslate2Engine
 from flyte_batch.load import LoadResult
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
-from flyte_batch.load.report import LoadReport, conclusions, hardware, versions
+from flyte_batch.load.report import LoadReport, conclusions, hardware
+from flyte_batch.versions import versions
 
 SIZES = (8, 16, 32, 64, 128)
 DATASET = "as for a dataset"

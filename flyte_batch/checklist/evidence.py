@@ -17,8 +17,6 @@ from flyte_batch.report.formats import seconds
 from flyte_batch.report.run_log import RunLog
 
 OLDEST_LOAD_TEST_DAYS = 30
-_GPU = re.compile(r"\d cores?, (.+)$")
-"""In what a load test says of its hardware."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
 def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
     check, remedy = "load_test.hardware", "test on a replica: workflows/load.py"
     gpus = sorted({str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources})
-    match = _GPU.search(test.hardware)
-    tested = match[1] if match else ""
+    tested = ", ".join(test.hardware.gpus)
     evidence = f"tested on {test.hardware}; " + (f"replicas have {', '.join(gpus)}" if gpus else "no replica has a GPU")
     kinds = [gpu.partition(":")[0] for gpu in gpus]
     if any(_is_of(kind, tested) for kind in kinds if not kind.isdecimal()):

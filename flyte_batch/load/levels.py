@@ -58,7 +58,7 @@ class Objective:
     """One objective of a `ServiceLevel`, and what was measured.
 
     Attributes:
-        name: ``p50``, ``p99``, ``errors`` or ``availability``.
+        name: which one.
         limit: milliseconds, or a share; below it is kept, for ``availability`` above it.
         measured: in the same unit; None where no request had anything to measure.
         is_kept: whether ``measured`` keeps it; False where nothing was measured.
@@ -67,7 +67,7 @@ class Objective:
         requests_needed: so many show it if none of them breaks the rule.
     """
 
-    name: str
+    name: ObjectiveName
     limit: float
     measured: float | None
     is_kept: bool

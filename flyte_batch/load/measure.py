@@ -14,8 +14,9 @@ from flyte_batch.errors import BatcherNotRunning
 from flyte_batch.load.generator import LoadResult, ask_alone, run_load
 from flyte_batch.load.limits import Limit, find_limit
 from flyte_batch.load.plan import LoadTest, each_of, read_prompts
-from flyte_batch.load.report import LoadReport, hardware, versions
+from flyte_batch.load.report import LoadReport, hardware
 from flyte_batch.records import Completion, Prompt
+from flyte_batch.versions import versions
 
 Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
 """Gives the process's engine and batcher: a `singleton`, which loads anew what died."""

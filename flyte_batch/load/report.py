@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,24 @@ from flyte_batch.monitoring.gpu import GpuSampler
 from flyte_batch.replica import this_replica
 
 TABLE_HEADER = "".join(f"{name:>8}" for name in ("rate/s", "p50 ms", "p99 ms", "errors", "avail."))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a load test runs on.
+
+    Attributes:
+        processor: its name.
+        cores: that the process may use.
+        gpus: by kind: ``2 x NVIDIA L4``, or as an environment declares them, ``L4:2``.
+    """
+
+    processor: str
+    cores: int
+    gpus: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([self.processor, f"{self.cores} core{'s' if self.cores > 1 else ''}", *self.gpus])
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,7 @@ class LoadReport:
 
     started_at: str
     took_s: float
-    hardware: str
+    hardware: Hardware
     load_average: float
     versions: dict[str, str]
     prompts: int
@@ -64,7 +81,13 @@ class LoadReport:
         """
         try:
             report = json.loads(text)
-            return cls(**{**report, "test": LoadTest.from_values(report["test"]), "limit": _limit(report["limit"])})
+            datetime.fromisoformat(report["started_at"])
+            typed = {
+                "hardware": Hardware(**{**report["hardware"], "gpus": tuple(report["hardware"]["gpus"])}),
+                "test": LoadTest.from_values(report["test"]),
+                "limit": _limit(report["limit"]),
+            }
+            return cls(**{**report, **typed})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(f"this is no report of `flyte batch load --output` ({error}): make a new one") from error
 
@@ -188,36 +211,23 @@ def _doubts(kept: LoadResult) -> list[str]:
     return lines
 
 
-def hardware() -> str:
-    """Processor, usable cores and GPUs: those that NVML finds here, else what the replica was declared with."""
+def hardware() -> Hardware:
+    """Of this process: GPUs are those that NVML finds here, else what the replica was declared with."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = itertools.chain((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), [""])
-    cores = available_cores()
-    parts = [next(named) or platform.machine(), f"{cores} core{'s' if cores > 1 else ''}"]
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     replica = this_replica()
-    declared = [str(replica.gpu)] if replica is not None and replica.gpu is not None else []
-    return ", ".join([*parts, *(_gpus() or declared)])
+    declared = (str(replica.gpu),) if replica is not None and replica.gpu is not None else ()
+    return Hardware(next(named, "") or platform.machine(), available_cores(), _gpus() or declared)
 
 
-def _gpus() -> list[str]:
+def _gpus() -> tuple[str, ...]:
     """The GPUs that CUDA would use, counted by name. Blocks for some tenths of a second where there is one."""
     try:
         with GpuSampler() as sampler:
             counted = Counter(sample.name for sample in sampler.latest())
     except BadInput:  # no GPU, no driver, or no nvidia-ml-py
-        return []
-    return [f"{number} x {name}" for name, number in counted.items()]
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed here."""
-    found = {"python": platform.python_version()}
-    for package in ("flyte-batch", "flyte", "ctranslate2", "vllm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        return ()
+    return tuple(f"{number} x {name}" for name, number in counted.items())

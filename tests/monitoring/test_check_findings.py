@@ -358,26 +358,26 @@ def test_a_gpu_tells_nothing_without_the_package_that_asks_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("gpu", "engine", "hardware", "status"),
+    ("gpu", "engine", "tested", "status"),
     [
-        ('"L4:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA L4", "ok"),
-        ('"L4:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA L40S", "missing"),
-        ('"A100:1"', "vllm", "a CPU, 1 core, 1 x NVIDIA A100-SXM4-80GB", "ok"),
-        ('"L4:1"', "vllm", "a CPU, 8 cores, L4:1", "ok"),
-        ('"L4:1"', "vllm", "a CPU, 8 cores", "missing"),
-        ('"L4:1"', "ctranslate2", "a CPU, 8 cores", "ok"),
-        ("1", "vllm", "a CPU, 8 cores, 1 x NVIDIA L4", "could not tell"),
-        ('"L40s:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA L40S", "ok"),
-        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A100-SXM4-80GB", "ok"),
-        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, A100_80G:1", "ok"),
-        ('"A100_80G:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A100-SXM4-40GB", "missing"),
-        ('"A10 shared:1"', "vllm", "a CPU, 8 cores, 1 x NVIDIA A10", "ok"),
+        ('"L4:1"', "vllm", ["1 x NVIDIA L4"], "ok"),
+        ('"L4:1"', "vllm", ["1 x NVIDIA L40S"], "missing"),
+        ('"A100:1"', "vllm", ["1 x NVIDIA A100-SXM4-80GB"], "ok"),
+        ('"L4:1"', "vllm", ["L4:1"], "ok"),
+        ('"L4:1"', "vllm", [], "missing"),
+        ('"L4:1"', "ctranslate2", [], "ok"),
+        ("1", "vllm", ["1 x NVIDIA L4"], "could not tell"),
+        ('"L40s:1"', "vllm", ["1 x NVIDIA L40S"], "ok"),
+        ('"A100_80G:1"', "vllm", ["1 x NVIDIA A100-SXM4-80GB"], "ok"),
+        ('"A100_80G:1"', "vllm", ["A100_80G:1"], "ok"),
+        ('"A100_80G:1"', "vllm", ["1 x NVIDIA A100-SXM4-40GB"], "missing"),
+        ('"A10 shared:1"', "vllm", ["1 x NVIDIA A10"], "ok"),
     ],
 )
 def test_a_load_test_counts_on_the_replicas_gpu(
-    gpu: str, engine: str, hardware: str, status: str, load_report: dict[str, Any], tmp_path: Path
+    gpu: str, engine: str, tested: list[str], status: str, load_report: dict[str, Any], tmp_path: Path
 ) -> None:
-    report = without(load_report, hardware=hardware, test__choice__engine=engine)
+    report = without(load_report, hardware__gpus=tested, test__choice__engine=engine)
     source = changed("cpu=2,", f"cpu=2, gpu={gpu},")
     found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=source))
     assert found["load_test.hardware", ""]["status"] == status
@@ -440,7 +440,7 @@ def without(report: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"started_at": "2020-01-01T00:00:00+00:00"}, "load_test.age", "missing", "of 2020-01-01"),
         ({"test__choice__model": "other/model"}, "load_test.model", "missing", "other/model was tested, demo is"),
         ({"test__choice__engine": "fake"}, "load_test.model", "missing", "only echoes"),
-        ({"hardware": "a CPU, 2 cores, L4:1"}, "load_test.hardware", "missing", "no replica has a GPU"),
+        ({"hardware__gpus": ["L4:1"]}, "load_test.hardware", "missing", "no replica has a GPU"),
         (
             {"limit__highest_kept_per_s": None, "limit__lowest_broken_per_s": 20.0},
             "load_test.level", "missing", "is not kept",
@@ -514,7 +514,7 @@ def test_an_output_without_its_log_says_nothing_of_speed(tmp_path: Path, earlier
 
 
 def test_a_gpu_may_be_a_device_object(load_report: dict[str, Any], tmp_path: Path) -> None:
-    report = without(load_report, hardware="a CPU, 8 cores, 2 x NVIDIA A100-SXM4-80GB")
+    report = without(load_report, hardware__gpus=["2 x NVIDIA A100-SXM4-80GB"])
     source = (
         'import flyte\nenv = flyte.TaskEnvironment("pool", image="me/image:1", reusable=flyte.ReusePolicy((1, 2)), '
         'resources=flyte.Resources(cpu=1, memory="1Gi", gpu=flyte.GPU("A100", 2)))\n'
