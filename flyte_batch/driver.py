@@ -30,7 +30,8 @@ from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.replica import check_driver
 from flyte_batch.report.keeper import ReportKeeper
-from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, versions
+from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
+from flyte_batch.versions import versions
 
 if TYPE_CHECKING:
     from flyte_batch.data.manifest import Manifest

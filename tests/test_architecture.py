@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "worker": {"batching", "data", "guard", "monitoring", "pipeline", "prompts"},
     "warming": {"batching", "data", "worker"},
     "model_store": {"data", "engines"},
-    "driver": {"data", "fingerprint", "monitoring", "planning", "progress", "replica", "report"},
+    "driver": {"data", "fingerprint", "monitoring", "planning", "progress", "replica", "report", "versions"},
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ costs nothing until then. The rest is counted event by event.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import platform
 import threading
@@ -27,6 +26,7 @@ from prometheus_client.exposition import basic_auth_handler, default_handler
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+import flyte_batch
 from flyte_batch.errors import BadInput
 from flyte_batch.monitoring import events as ev
 from flyte_batch.monitoring import gpu, hooks, metrics
@@ -208,7 +208,7 @@ class PrometheusHook(Collector):
         self._counts.add(metrics.ENGINES_LOADING, number=0)
         self._counts.histogram(metrics.LOOP_BLOCKED)
         self._counts.histogram(metrics.CHUNK_SECONDS)
-        self._counts.add(metrics.BUILD_INFO, _version(), platform.python_version())
+        self._counts.add(metrics.BUILD_INFO, flyte_batch.__version__, platform.python_version())
 
     # -- Events --------------------------------------------------------------
 
@@ -389,13 +389,6 @@ def _cumulative(metric: Metric, histogram: _Histogram) -> list[tuple[str, float]
         below += count
         buckets.append(("+Inf" if bound == float("inf") else str(float(bound)), below))
     return buckets
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("flyte-batch")
-    except importlib.metadata.PackageNotFoundError:  # it came with the code of a run
-        return "unknown"
 
 
 class _Closing:

@@ -8,15 +8,12 @@ count in them; times are of this run only.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import functools
 import itertools
 import json
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.histograms import added
@@ -427,18 +424,6 @@ def _between(before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
         assembling=assembling * left,
         blocked=after.late_s - before.late_s + held,
     )
-
-
-PACKAGES = ("flyte-batch", "flyte", "unionai-reuse", "vllm", "ctranslate2", "torch", "pyarrow")
-
-
-def versions() -> dict[str, str]:
-    """Of Python, and of those of `PACKAGES` that are installed here."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 FORMAT_VERSION = 1
