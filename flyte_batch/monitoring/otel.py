@@ -468,7 +468,8 @@ class _Metrics:
     """Instruments for some of `flyte_batch.monitoring.metrics`.
 
     Where a collector gives them to Prometheus, they get the names and labels that Prometheus' own backend has, so that
-    the same dashboards show them: ``flyte_batch.rows`` becomes ``flyte_batch_rows_total``.
+    the same dashboards show them: ``flyte_batch.rows`` becomes ``flyte_batch_rows_total``. Only the device's seconds
+    have one label more, the batcher's id.
     """
 
     def __init__(self, provider: MeterProvider | None) -> None:

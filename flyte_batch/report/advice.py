@@ -7,7 +7,7 @@ run had. Savings are seconds of engines, at best.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -189,9 +189,9 @@ def _blocked(log: RunLog, shares: TimeShares) -> Advice | None:
         return None
     title = f"Blocked event loops {percent(share)} of the time"
     evidence = f"Devices were free for {seconds(shares.blocked)} before the event loop took notice"
-    held: Counter[str] = Counter()
+    held: defaultdict[str, float] = defaultdict(float)
     for _, stall in log.stalls:
-        held[stall.code] += stall.seconds  # type: ignore[assignment]  # a Counter of seconds
+        held[stall.code] += stall.seconds
     if not held:
         return Advice(
             title,
@@ -200,7 +200,7 @@ def _blocked(log: RunLog, shares: TimeShares) -> Advice | None:
             "the replica more CPUs.",
             shares.blocked,
         )
-    code, longest = held.most_common(1)[0]
+    code, longest = max(held.items(), key=lambda item: item[1])
     return Advice(
         title,
         f"{evidence}. It stood still {plural(len(log.stalls), 'time')}, {seconds(longest)} of it in {code}.",
