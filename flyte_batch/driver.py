@@ -19,7 +19,7 @@ from flyte_batch.data.chunks import Chunk, ChunkReport, plan_chunks
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BatcherDied, ChunkFailed, DeadlineExceeded, EngineDead, TooManyFailures
 from flyte_batch.fingerprint import fingerprint
-from flyte_batch.monitoring import events
+from flyte_batch.monitoring import clock, events
 from flyte_batch.monitoring.backends import attach_backends
 from flyte_batch.monitoring.details import ChunkDetails
 from flyte_batch.monitoring.events import Scope
@@ -147,7 +147,7 @@ async def run(
     from flyte_batch.data.output import Output
     from flyte_batch.data.sources import open_source
 
-    started, began_at = time.monotonic(), time.time()
+    started, began_at = time.monotonic(), clock.now()
     check_mode(progress)
     _check(max_failure_rate, replicas, concurrency, max_failed_chunks, chunk_size, limit, rows_per_s, price_per_hour)
     attach_backends()
@@ -270,8 +270,8 @@ class _FanOut:
                 self._target.leave(self._chunks)
             raise
         finally:
-            log.ended = time.time()
-            emit(events.RunEnded(log.ended, self._scope, log.output, log.rows, log.failures, log.seconds, error))
+            log.ended = clock.now()
+            emit(events.RunEnded(time.time(), self._scope, log.output, log.rows, log.failures, log.seconds, error))
 
     async def _run(self, view: RunView) -> Manifest:
         log, plan = self._log, self._log.plan

@@ -19,7 +19,7 @@ from flyte_batch.data.chunks import MOST_CAUSES, Chunk, ChunkReport, read_chunk
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
 from flyte_batch.guard import Guard, watch
-from flyte_batch.monitoring import events, gpu
+from flyte_batch.monitoring import clock, events, gpu
 from flyte_batch.monitoring.backends import attach_backends
 from flyte_batch.monitoring.details import ChunkDetails, Example
 from flyte_batch.monitoring.hooks import emit
@@ -154,7 +154,7 @@ class _Work:
         from flyte_batch.data.parts import write_part
 
         chunk = self._chunk
-        started, started_at = time.monotonic(), time.time()
+        started, started_at = time.monotonic(), clock.now()
         table, sampler = await asyncio.gather(
             asyncio.to_thread(read_chunk, chunk), asyncio.to_thread(gpu.start_sampler)
         )
@@ -170,7 +170,7 @@ class _Work:
         while True:
             batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
             self._silence = _Silence(batcher)
-            loaded_at = time.time()
+            loaded_at = clock.now()
             with recorder.sampling(batcher) as samples:
                 try:
                     await task.run(batcher)
@@ -181,7 +181,7 @@ class _Work:
                     now = time.monotonic()
                     if now - died_at < DEATHS_APART_S:
                         raise
-                    died_at, started_at = now, time.time()
+                    died_at, started_at = now, clock.now()
                     left = task.left
                     logger.warning("%s with %d of %d rows to do; building the engine anew", error, left, chunk.rows)
         details = ChunkDetails(
@@ -190,7 +190,7 @@ class _Work:
             engine=batcher.engine_name,
             started=started_at,
             loaded=loaded_at,
-            ended=time.time(),
+            ended=clock.now(),
             samples=samples(),
             latencies=dict(self._recording.latencies),
             causes=info.causes,
@@ -199,7 +199,7 @@ class _Work:
             response_lengths={float(bound): rows for bound, rows in info.response_lengths.items()},
             stalls=tuple(self._recording.stalls),
             died=tuple(self._recording.died),
-            gpus=await asyncio.to_thread(sampler.use_between, started_at, time.time()) if sampler is not None else (),
+            gpus=await asyncio.to_thread(sampler.use_between, started_at, clock.now()) if sampler is not None else (),
         )
         report = ChunkReport(
             chunk_id=chunk.id,

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import flyte_batch as fb
+from flyte_batch.data.storage import locate
 from flyte_batch.driver import fan_out
 from flyte_batch.errors import RunError
+from flyte_batch.report.history import logs_of
 from tests.helpers import questions, write_jsonl
 
 
@@ -450,6 +454,30 @@ def test_whatever_chunks_fail_in_whatever_runs_the_output_is_that_of_an_undistur
 
     asyncio.run(main())
     assert fb.read_output(str(folder / "out")).equals(fb.read_output(str(folder / "undisturbed")))
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+async def test_a_clock_that_is_set_while_a_run_goes_on_costs_its_figures_nothing(
+    tmp_path: Path, jump_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker()
+    true_time, jumped = time.time, 0.0
+    monkeypatch.setattr(time, "time", lambda: true_time() + jumped)
+
+    async def answer(chunk: fb.Chunk) -> fb.ChunkReport:
+        nonlocal jumped
+        jumped = jump_s if chunk.index >= 5 else 0.0
+        return await worker(chunk)
+
+    output = tmp_path / "out"
+    await fb.run(questions(tmp_path / "in.jsonl", 100), str(output), answer, code_version="1", chunk_size=10)
+    (log,) = logs_of(locate(output))
+    assert 0 < log.seconds < 600
+    shares = log.time_shares()
+    assert min(astuple(shares)) >= 0
+    assert 0 < shares.total < 600
+    assert shares.busy > 0
+    assert all(chunk.started and chunk.ended and chunk.started <= chunk.ended for chunk in log.chunks)
 
 
 async def test_fan_out_keeps_as_many_under_way_as_allowed_and_takes_items_late() -> None:

@@ -16,14 +16,14 @@ import math
 import os
 import socket
 import threading
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal, TypeVar
 
 from flyte_batch.errors import BadInput
+from flyte_batch.monitoring import clock
 
 logger = logging.getLogger(__name__)
 
@@ -181,9 +181,8 @@ class GpuSampler:
         self._nvml = _start_nvml()
         try:
             found = _chosen(self._nvml, devices)
-            clock = _clock()
             name = f"{socket.gethostname()}-{os.getpid()}-{next(_numbers)}"
-            self._devices = [_Device(self._nvml, each, name, clock, most_samples) for each in found]
+            self._devices = [_Device(self._nvml, each, name, most_samples) for each in found]
         except BaseException:
             self._nvml.nvmlShutdown()
             raise
@@ -437,14 +436,13 @@ class _Point:
 class _Device:
     """One device, and what was seen of it."""
 
-    def __init__(self, nvml: Any, found: _Found, sampler: str, clock: Callable[[], float], most_samples: int) -> None:
+    def __init__(self, nvml: Any, found: _Found, sampler: str, most_samples: int) -> None:
         self.uuid = found.uuid
         self.newest: GpuSample | None = None
         self.lost = False
         self._nvml = nvml
         self._found = found
         self._sampler = sampler
-        self._clock = clock
         self._most = most_samples
         self._lock = threading.Lock()  # for the points; never held while NVML is asked
         self._points: list[_Point] = []
@@ -519,7 +517,7 @@ class _Device:
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         if reasons is None:  # its name in drivers before 535
             reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        at = self._clock()
+        at = clock.now()
         utilization = None if rates is None else rates.gpu / 100
         power_w = None if power_mw is None else power_mw / 1000
         self._advance(at, utilization, power_w, None if counter_mj is None else counter_mj / 1000)
@@ -612,12 +610,6 @@ def _most(values: Iterable[N | None]) -> N | None:
 def _together(reasons: Iterable[Iterable[str]]) -> tuple[str, ...]:
     found = {reason for each in reasons for reason in each}
     return tuple(name for name in _THROTTLE_REASONS.values() if name in found)
-
-
-def _clock() -> Callable[[], float]:
-    """Unix time that never goes back."""
-    offset = time.time() - time.monotonic()
-    return lambda: offset + time.monotonic()
 
 
 def _start_nvml() -> Any:

@@ -6,13 +6,12 @@ at most four a second: no timer, and what a batcher counts is cumulative, so tha
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from flyte_batch.histograms import LATENCY_BOUNDS, bound
-from flyte_batch.monitoring import hooks
+from flyte_batch.monitoring import clock, hooks
 from flyte_batch.monitoring.details import Sample, Stall
 from flyte_batch.monitoring.events import BatchDone, EngineDied, Event, LoopBlocked, Scope
 
@@ -99,11 +98,11 @@ class Recorder:
         """Sample a batcher while the body of ``with`` runs; gives a function that tells the samples since then."""
         series = self._series.setdefault(batcher.id, _Series(batcher))
         series.users += 1
-        start = time.time()
+        start = clock.now()
         series.take(start)
 
         def samples() -> tuple[Sample, ...]:
-            series.take(time.time())
+            series.take(clock.now())
             found = [sample for sample in series.samples if sample.at >= start]
             return tuple(_thinned(found))
 
@@ -118,7 +117,7 @@ class Recorder:
         if isinstance(event, BatchDone):
             series = self._series.get(event.batcher)
             if series is not None:
-                series.take_if_due(event.at)
+                series.take_if_due(clock.now())
             for share in event.shares:
                 recording = self._recordings.get(share.scope)
                 if recording is not None:
@@ -126,7 +125,7 @@ class Recorder:
                         recording.latencies[bound(seconds, LATENCY_BOUNDS)] += records
         elif isinstance(event, LoopBlocked):
             for recording in list(self._recordings.values()):
-                recording.stalls.append(Stall(event.at, event.seconds, event.code))
+                recording.stalls.append(Stall(clock.now(), event.seconds, event.code))
         elif isinstance(event, EngineDied):
             for recording in self._recordings.values():
                 recording.died.append(event.batcher)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TextIO, cast, get_args
 
 from flyte_batch.errors import BadInput
+from flyte_batch.monitoring.clock import now
 from flyte_batch.progress.figures import Figures, Pace, queues_here
 from flyte_batch.progress.terminal import Forgiving, is_terminal
 from flyte_batch.progress.texts import line, printable
@@ -69,7 +70,7 @@ class RunView:
         log: RunLog,
         mode: ProgressMode | None = None,
         out: TextIO | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = now,
     ) -> None:
         self._log = log
         self._mode = check_mode(mode)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from flyte_batch.monitoring import clock
 from flyte_batch.report.history import LOG_FILE, MOST_RUNS, earlier_logs
 from flyte_batch.report.run_log import RunLog, logs_to_json
 
@@ -101,7 +102,7 @@ class ReportKeeper:
         """Write and publish what is known now; what fails is one warning."""
         try:
             if self._log.outcome == "running":
-                self._log.ended = time.time()
+                self._log.ended = clock.now()
             fragment = await _on_thread(self._files.write, _snapshot(self._log), self._publish is not None, last)
             if self._publish is not None and fragment:
                 await self._publish(fragment)
