@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, added, bound, count_tokens, percentile
 from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
 from flyte_batch.report.run_log import (
+    FEWEST_SAMPLES,
     MOST_SAMPLES,
+    MOST_SAMPLES_OF_ALL,
     ChunkEntry,
     Plan,
     RunLog,
@@ -90,6 +92,17 @@ def test_samples_stay_bounded_and_keep_the_first_and_the_last() -> None:
     assert len(samples) <= 2 * MOST_SAMPLES
     assert (samples[0].at, samples[-1].at) == (1, 1999.75)
     assert log.time_shares().busy == pytest.approx(1998.75)
+
+
+def test_samples_of_many_replicas_stay_bounded_together() -> None:
+    log = log_of()
+    for index in range(10_000):
+        name, at = str(index % 500), index // 500 * 40
+        taken = (sample(at + number, busy=at + number) for number in range(40))
+        log.add_chunk(ChunkEntry(index, 10, 0, 5, 5, name), details(name, 0, 0, 800, *taken, process=name))
+    assert sum(len(engine.samples) for engine in log.engines.values()) <= 2 * MOST_SAMPLES_OF_ALL
+    assert all(len(engine.samples) >= FEWEST_SAMPLES for engine in log.engines.values())
+    assert log.time_shares().busy == 500 * 799
 
 
 def test_sums_failures_and_examples_come_from_the_chunks() -> None:

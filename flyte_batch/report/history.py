@@ -51,7 +51,7 @@ def earlier_logs(folder: Location, most: int) -> list[RunLog]:
         logger.warning("what earlier runs left in %s is not kept: %s", folder.child(LOG_FILE), error)
         return []
     whole = _busy(logs)
-    return [log if log is whole else _sums(log) for log in logs]
+    return [_over(log if log is whole else _sums(log)) for log in logs]
 
 
 def detailed(logs: Sequence[RunLog]) -> RunLog:
@@ -110,13 +110,12 @@ def logs_of(folder: Location) -> list[RunLog]:
     except ValueError as error:
         logger.warning("%s can't be understood (%s); the report is made from the parts", location, error)
         return [log_of_parts(folder)]
-    return [*earlier, _ended(last)]
+    return [*map(_over, earlier), last if time.time() - last.ended <= SILENT_S else _over(last)]
 
 
-def _ended(log: RunLog) -> RunLog:
-    """The log, which says that its run goes on only if that may be."""
-    silent_s = time.time() - log.ended
-    return replace(log, outcome="unfinished") if log.outcome == "running" and silent_s > SILENT_S else log
+def _over(log: RunLog) -> RunLog:
+    """The log, which does not say that its run goes on."""
+    return replace(log, outcome="unfinished") if log.outcome == "running" else log
 
 
 def log_of_parts(folder: Location) -> RunLog:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 600
 """Of one engine; beyond twice that every second one goes."""
+MOST_SAMPLES_OF_ALL = 20_000
+"""Shared by the engines, so that the log of hundreds of replicas is a file of a few MB."""
+FEWEST_SAMPLES = 20
+"""Of one engine, however many there are."""
 MOST_EXAMPLES = 3
 """Failed rows of each cause."""
 MOST_STALLS = 200
@@ -112,7 +116,7 @@ class EngineLog:
     rows: int = 0
     tokens: int = 0
 
-    def add(self, details: ChunkDetails, rows: int, tokens: int) -> None:
+    def add(self, details: ChunkDetails, rows: int, tokens: int, most_samples: int = MOST_SAMPLES) -> None:
         """Take in what a chunk tells."""
         self.started = min(self.started, details.started)
         self.loaded = min(self.loaded, details.loaded)
@@ -123,7 +127,7 @@ class EngineLog:
             at = bisect.bisect_left(self.samples, sample.at, key=lambda known: known.at)
             if at == len(self.samples) or self.samples[at].at != sample.at:
                 self.samples.insert(at, sample)
-        if len(self.samples) > 2 * MOST_SAMPLES:
+        while len(self.samples) > 2 * most_samples:
             del self.samples[1:-1:2]
 
 
@@ -273,7 +277,8 @@ class RunLog:
             details.batcher,
             EngineLog(details.batcher, details.process, details.engine, details.started, details.loaded, details.ended),
         )
-        engine.add(details, entry.rows, entry.prompt_tokens + entry.response_tokens)
+        most_samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_SAMPLES_OF_ALL // len(self.engines)))
+        engine.add(details, entry.rows, entry.prompt_tokens + entry.response_tokens, most_samples)
         for stall in details.stalls:
             if (details.process, stall) not in self.stalls and len(self.stalls) < MOST_STALLS:
                 self.stalls.append((details.process, stall))

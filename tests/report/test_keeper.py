@@ -15,7 +15,7 @@ from flyte_batch.data import storage
 from flyte_batch.data.storage import Location
 from flyte_batch.report import keeper
 from flyte_batch.report.answer import tokens_done
-from flyte_batch.report.history import LOG_FILE, MOST_RUNS
+from flyte_batch.report.history import LOG_FILE, MOST_RUNS, logs_of
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper, pause_s
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from tests.report.logs import STARTED, make_log, with_stalls
@@ -112,6 +112,16 @@ async def test_earlier_runs_are_kept_the_last_one_whole_and_of_others_their_sums
     assert tokens_done(first) == tokens_done(whole)
     assert first.time_shares().busy == whole.time_shares().busy
     assert (len(first.chunks), len(first.engines["batcher-0"].samples), first.stalls) == (2, 2, [])
+
+
+async def test_an_earlier_run_that_was_killed_is_not_said_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([running_log()]))
+    log = running_log()
+    async with ReportKeeper(log, storage.locate(tmp_path)):
+        finish(log)
+    assert [each.outcome for each in kept(tmp_path)] == ["unfinished", log.outcome]
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([running_log(), log]))
+    assert [each.outcome for each in logs_of(storage.locate(tmp_path))] == ["unfinished", log.outcome]
 
 
 async def test_a_run_that_had_nothing_to_do_costs_the_one_before_nothing(tmp_path: Path) -> None:
