@@ -29,6 +29,7 @@ from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.replica import check_driver
+from flyte_batch.report.formats import percent, seconds
 from flyte_batch.report.keeper import ReportKeeper
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 from flyte_batch.versions import versions
@@ -210,8 +211,9 @@ async def run(
         )
         why = ", see the column 'error'" if summary.failures else ""
         view.say(
-            f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {summary.seconds:,.1f} s, device busy "
-            f"{summary.utilization:.0%}; {summary.chunks} parts, {summary.chunks_reused} of them kept: {summary.output}"
+            f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {seconds(summary.seconds)}, "
+            f"device busy {percent(summary.utilization)}; {summary.chunks} parts, {summary.chunks_reused} of them kept: "
+            f"{summary.output}"
         )
     return summary
 

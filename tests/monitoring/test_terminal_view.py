@@ -177,7 +177,7 @@ def test_it_shows_what_is_known_of_the_run(start: Start) -> None:
     for text in (
         "400/1,000 rows (40%)",
         "speed     10 rows/s (lately 10), 100 tokens/s",
-        "time      0:00:40, about 60 s left",
+        "time      0:00:40, about 1 min left",
         "devices   busy ",
         "queue     6,000 waiting, 14 on the devices",
         "failures  2 failed (BadRecord 2)",
