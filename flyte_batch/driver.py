@@ -212,8 +212,8 @@ async def run(
         why = ", see the column 'error'" if summary.failures else ""
         view.say(
             f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {seconds(summary.seconds)}, "
-            f"device busy {percent(summary.utilization)}; {summary.chunks} parts, {summary.chunks_reused} of them kept: "
-            f"{summary.output}"
+            f"device busy {percent(summary.utilization)}; {summary.chunks} parts, {summary.chunks_reused} of them "
+            f"kept: {summary.output}"
         )
     return summary
 

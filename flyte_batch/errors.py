@@ -19,6 +19,10 @@ FlyteBatchError
 
 from __future__ import annotations
 
+MOST_CAUSES = 20
+"""Classes of errors that are told apart where failures are counted; the others are `OTHER_CAUSES`."""
+OTHER_CAUSES = "other"
+
 
 class FlyteBatchError(Exception):
     """Base of all errors that flyte_batch raises on its own account."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
-from flyte_batch.data.chunks import MOST_CAUSES, Chunk, ChunkReport, read_chunk
+from flyte_batch.data.chunks import Chunk, ChunkReport, read_chunk
 from flyte_batch.data.pandas_import import import_pandas
-from flyte_batch.errors import BadInput, BadRecord, DeadlineExceeded, EngineError
+from flyte_batch.errors import MOST_CAUSES, BadInput, BadRecord, DeadlineExceeded, EngineError
 from flyte_batch.guard import Guard, watch
 from flyte_batch.monitoring import clock, events, gpu
 from flyte_batch.monitoring.backends import attach_backends

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 RESULT_COLUMNS = ("response", "finish_reason", "error", "prompt_tokens", "response_tokens")
 """The columns that a part adds to the source's; a source column can't have one of these names."""
 
-MOST_CAUSES = 20
-"""Classes of errors that are told apart where failures are counted; the others are ``other``."""
-
 _ID_VERSION = 1
 
 

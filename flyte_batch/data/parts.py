@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flyte_batch.data import storage
-from flyte_batch.data.chunks import MOST_CAUSES, RESULT_COLUMNS, Chunk
+from flyte_batch.data.chunks import RESULT_COLUMNS, Chunk
 from flyte_batch.data.sources import decode_schema
 from flyte_batch.data.storage import Location
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput
 from flyte_batch.histograms import count_tokens
 from flyte_batch.records import Completion
 
@@ -47,7 +47,7 @@ class PartInfo:
         prompt_tokens: of all rows.
         response_tokens: of all rows.
         bytes: size of the file.
-        causes: class of the error -> failed rows, the most frequent first; beyond `MOST_CAUSES` of them ``other``.
+        causes: class of the error -> failed rows, the most frequent first; beyond `MOST_CAUSES` of them `OTHER_CAUSES`.
         prompt_lengths: histogram of the answered rows' prompts by tokens (`flyte_batch.histograms.TOKEN_BOUNDS`); the
             bounds are texts, as in JSON.
         response_lengths: the same of their responses.
@@ -129,7 +129,7 @@ def _causes(results: Sequence[Completion | Exception]) -> dict[str, int]:
     errors = Counter(type(result).__name__ for result in results if isinstance(result, Exception))
     causes = dict(sorted(errors.most_common(MOST_CAUSES), key=lambda each: (-each[1], each[0])))
     rest = errors.total() - sum(causes.values())
-    return causes | ({"other": rest} if rest else {})
+    return causes | ({OTHER_CAUSES: rest} if rest else {})
 
 
 def _lengths(tokens: Iterable[int]) -> dict[str, int]:

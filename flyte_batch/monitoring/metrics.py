@@ -2,7 +2,8 @@
 
 Names follow Prometheus' conventions: base units, counters end in ``_total``. Labels have few values on purpose, because
 each combination is a time series that the server keeps for weeks: there is none for run, action, chunk or batcher, of
-which there are ever more (traces and logs carry those), and causes of failures beyond `MOST_CAUSES` are `OTHER_CAUSES`.
+which there are ever more (traces and logs carry those), and causes of failures beyond the first
+`flyte_batch.errors.MOST_CAUSES` are ``other``.
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from typing import Literal
 Kind = Literal["counter", "gauge", "histogram"]
 Unit = Literal["", "ratio", "seconds", "bytes", "watts", "joules", "celsius"]
 """What a value is of; "" for a number of things."""
-
-MOST_CAUSES = 20
-"""Classes of errors that a process tells apart."""
-OTHER_CAUSES = "other"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

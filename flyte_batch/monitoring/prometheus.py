@@ -27,7 +27,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 import flyte_batch
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput
 from flyte_batch.monitoring import events as ev
 from flyte_batch.monitoring import gpu, hooks, metrics
 from flyte_batch.monitoring.metrics import Metric
@@ -290,10 +290,10 @@ class PrometheusHook(Collector):
         """The error's class, or what stands for all beyond the first so many."""
         if error in self._causes:
             return error
-        if len(self._causes) < metrics.MOST_CAUSES:
+        if len(self._causes) < MOST_CAUSES:
             self._causes.add(error)
             return error
-        return metrics.OTHER_CAUSES
+        return OTHER_CAUSES
 
     # -- Batchers ------------------------------------------------------------
 

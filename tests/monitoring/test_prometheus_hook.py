@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import flyte_batch as fb
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput
 from flyte_batch.monitoring import events as ev
 from flyte_batch.monitoring import gpu, hooks, metrics
 from tests.monitoring.tools import Series, parsed, promtool, scraped, value
@@ -130,8 +130,8 @@ def test_causes_beyond_the_first_so_many_are_others(registry: Any) -> None:
     series = scraped(registry)
     for name in ("flyte_batch_row_failures_total", "flyte_batch_record_failures_total"):
         found = {dict(labels)["cause"]: number for (each, labels), number in series.items() if each == name}
-        assert len(found) == metrics.MOST_CAUSES + 1
-        assert found[metrics.OTHER_CAUSES] == 1000 - metrics.MOST_CAUSES
+        assert len(found) == MOST_CAUSES + 1
+        assert found[OTHER_CAUSES] == 1000 - MOST_CAUSES
         assert sum(found.values()) == 1000
 
 
