@@ -19,7 +19,7 @@ from flyte_batch.data import storage
 from flyte_batch.data.chunks import RESULT_COLUMNS, Chunk
 from flyte_batch.data.sources import decode_schema
 from flyte_batch.data.storage import Location
-from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES
 from flyte_batch.histograms import count_tokens
 from flyte_batch.records import Completion
 
@@ -187,22 +187,6 @@ def read_part_info(location: Location, chunk: Chunk | None = None) -> PartInfo |
     if chunk is not None and (info.chunk_id, info.rows, info.first_row) != (chunk.id, chunk.rows, chunk.first_row):
         return None
     return info
-
-
-def first_rows(location: Location, count: int) -> list[dict[str, Any]]:
-    """The first ``count`` rows of a part, fewer if it has fewer; reads no more of the file than a few of its pages.
-
-    Raises:
-        BadInput: it is gone, or is no part.
-        OSError: the storage can't be read for now.
-    """
-    try:
-        with storage.explained("read", location), storage.open_file(location) as opened:
-            batch = next(pq.ParquetFile(opened).iter_batches(batch_size=count), None)
-    except pa.ArrowInvalid as error:
-        raise BadInput(f"{location} can't be read as a part: {storage.reason(error)}") from error
-    rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
-    return rows
 
 
 def _read_footer(location: Location) -> tuple[int, bytes]:

@@ -14,9 +14,9 @@ import pytest
 
 from flyte_batch.data import storage
 from flyte_batch.data.chunks import RESULT_COLUMNS, Chunk, plan_chunks, read_chunk
-from flyte_batch.data.parts import MAX_ERROR_CHARACTERS, PartInfo, first_rows, read_part_info, write_part
+from flyte_batch.data.parts import MAX_ERROR_CHARACTERS, PartInfo, read_part_info, write_part
 from flyte_batch.data.sources import open_source
-from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.errors import BadRecord
 from flyte_batch.records import Completion
 
 
@@ -50,18 +50,6 @@ def test_a_part_holds_the_sources_columns_then_the_results_in_source_order(chunk
         {"n": 2, "tags": ["é"], "response": "three?", "finish_reason": "length", "error": None}
         | {"prompt_tokens": 7, "response_tokens": 3},
     ]
-
-
-def test_the_first_rows_of_a_part_can_be_looked_at_alone(chunk: Chunk) -> None:
-    info = write_part(chunk, read_chunk(chunk), RESULTS)
-    location = storage.locate(chunk.output).child(info.name)
-    assert [(row["n"], row["response"]) for row in first_rows(location, 2)] == [(0, "one"), (1, None)]
-    assert len(first_rows(location, 9)) == 3
-    with pytest.raises(BadInput, match="no such file"):
-        first_rows(storage.locate(chunk.output).child("gone.parquet"), 2)
-    (Path(chunk.output) / "part-000000000000-0123456789abcdef.parquet").write_text("PAR1, no more")
-    with pytest.raises(BadInput, match="can't be read as a part"):
-        first_rows(storage.locate(chunk.output).child("part-000000000000-0123456789abcdef.parquet"), 2)
 
 
 def test_the_footer_alone_says_which_chunk_it_is_and_what_it_counts(chunk: Chunk) -> None:
