@@ -348,7 +348,8 @@ class OtelHook:
     def _exception(self, span: Span, at: float, error: str, message: str, more: Attributes | None = None) -> None:
         attributes: Attributes = {"exception.type": error, **(more or {})}
         if message and self._message_chars:
-            attributes["exception.message"] = message[: self._message_chars]
+            cut = message[: self._message_chars]
+            attributes["exception.message"] = cut.encode(errors="backslashreplace").decode()  # half a surrogate pair
         span.add_event("exception", attributes, _ns(at))
 
     # -- Engines and the event loop ----------------------------------------

@@ -6,6 +6,7 @@ at most four a second: no timer, and what a batcher counts is cumulative, so tha
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ MOST_KEPT = 4096
 """Samples of one batcher; with more, every second one goes, and they are taken half as often."""
 MOST_REPORTED = 40
 """Samples in one chunk's report: some 4 kB."""
+MOST_STALLS = 200
+"""In one chunk's report; of more the longest."""
 
 
 class ChunkRecording:
@@ -35,6 +38,12 @@ class ChunkRecording:
         self.latencies: Counter[float] = Counter()
         self.stalls: list[Stall] = []
         self.died: list[str] = []
+
+    def add_stall(self, stall: Stall) -> None:
+        """Keep a stall; beyond `MOST_STALLS` the shortest goes."""
+        self.stalls.append(stall)
+        if len(self.stalls) > MOST_STALLS:
+            self.stalls.remove(min(self.stalls, key=lambda each: each.seconds))
 
 
 class _Series:
@@ -78,20 +87,23 @@ class Recorder:
         self._recordings: dict[Scope, ChunkRecording] = {}
         self._series: dict[str, _Series] = {}
         self._unsubscribe: Callable[[], None] | None = None
+        self._lock = threading.Lock()  # for coming and going: event loops may turn on several threads
 
     @contextmanager
     def recording(self, scope: Scope) -> Iterator[ChunkRecording]:
         """Record what happens to the records of a chunk while the body of ``with`` runs."""
-        if self._unsubscribe is None:
-            self._unsubscribe = hooks.subscribe(self)
-        recording = self._recordings[scope] = ChunkRecording()
+        with self._lock:
+            if self._unsubscribe is None:
+                self._unsubscribe = hooks.subscribe(self)
+            recording = self._recordings[scope] = ChunkRecording()
         try:
             yield recording
         finally:
-            del self._recordings[scope]
-            if not self._recordings:
-                self._unsubscribe()
-                self._unsubscribe = None
+            with self._lock:
+                del self._recordings[scope]
+                if not self._recordings and self._unsubscribe is not None:
+                    self._unsubscribe()
+                    self._unsubscribe = None
 
     @contextmanager
     def sampling(self, batcher: hooks.Batcher) -> Iterator[Callable[[], tuple[Sample, ...]]]:
@@ -125,9 +137,9 @@ class Recorder:
                         recording.latencies[bound(seconds, LATENCY_BOUNDS)] += records
         elif isinstance(event, LoopBlocked):
             for recording in list(self._recordings.values()):
-                recording.stalls.append(Stall(clock.now(), event.seconds, event.code))
+                recording.add_stall(Stall(clock.now(), event.seconds, event.code))
         elif isinstance(event, EngineDied):
-            for recording in self._recordings.values():
+            for recording in list(self._recordings.values()):
                 recording.died.append(event.batcher)
 
 

@@ -259,6 +259,14 @@ async def test_rows_that_fail_before_or_after_the_batcher_are_exceptions_on_the_
     assert event.attributes == {"exception.type": "ValueError", "flyte_batch.stage": "finish"}
 
 
+async def test_a_message_that_has_no_encoding_is_escaped() -> None:
+    with tracing() as (collector, _):
+        async with chunk_entered("c") as mine:
+            hooks.emit(events.RecordFailed(time.time(), mine, "finish", "ValueError", "no number in '\ud83d'"))
+    (event,) = collector.one("chunk").events
+    assert event.attributes["exception.message"] == "no number in '\\ud83d'"
+
+
 async def test_a_chunk_that_fails_says_why_and_one_that_is_done_says_what_it_used() -> None:
     with tracing() as (collector, _):
         async with chunk_entered("good", 3, 7):

@@ -1,0 +1,53 @@
+"""What is kept for the reports of chunks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from flyte_batch.monitoring import events, hooks
+from flyte_batch.monitoring.events import Scope
+from flyte_batch.monitoring.recorder import MOST_STALLS, Recorder
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_of_stalls_by_the_hundred_the_longest_are_kept() -> None:
+    recorder = Recorder()
+    with recorder.recording(Scope()) as recording:
+        for seconds in range(1, 3 * MOST_STALLS):
+            hooks.emit(events.LoopBlocked(0.0, float(seconds), "f"))
+    kept = sorted(stall.seconds for stall in recording.stalls)
+    assert kept == list(range(2 * MOST_STALLS, 3 * MOST_STALLS))
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_chunks_of_event_loops_on_several_threads_hear_what_happens_and_leave_nothing_behind() -> None:
+    recorder, errors, deaf = Recorder(), list[BaseException](), list[int]()
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(3000):
+                with recorder.recording(Scope()) as recording:
+                    hooks.emit(events.EngineDied(0.0, str(number), "E", "e", "m", 0))
+                if str(number) not in recording.died:
+                    deaf.append(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (errors, deaf) == ([], [])
+    assert not hooks.is_anybody_listening()
