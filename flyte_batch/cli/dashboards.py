@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -13,8 +14,10 @@ from flyte_batch.monitoring.alerts import Thresholds, rules
 from flyte_batch.monitoring.grafana import dashboard
 from flyte_batch.monitoring.metrics import page
 
+F = TypeVar("F", bound=Callable[..., object])
 
-def _threshold_options(function: Any) -> Any:
+
+def _threshold_options(function: F) -> F:
     for each in reversed(fields(Thresholds)):
         function = click.option(
             f"--{each.name}",
@@ -44,6 +47,7 @@ def command(output: Path, **thresholds: Any) -> None:
         output.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (output / name).write_text(text, encoding="utf-8")
-            click.echo(output / name)
     except OSError as error:
         raise click.FileError(str(output), error.strerror) from error
+    for name in files:
+        click.echo(output / name)
