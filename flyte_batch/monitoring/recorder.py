@@ -136,8 +136,9 @@ class Recorder:
                     for seconds, records in share.latencies:
                         recording.latencies[bound(seconds, LATENCY_BOUNDS)] += records
         elif isinstance(event, LoopBlocked):
+            stall = Stall(clock.now(), event.seconds, event.code)  # one, so that a log counts it once
             for recording in list(self._recordings.values()):
-                recording.add_stall(Stall(clock.now(), event.seconds, event.code))
+                recording.add_stall(stall)
         elif isinstance(event, EngineDied):
             for recording in list(self._recordings.values()):
                 recording.died.append(event.batcher)

@@ -51,3 +51,11 @@ def test_chunks_of_event_loops_on_several_threads_hear_what_happens_and_leave_no
         thread.join()
     assert (errors, deaf) == ([], [])
     assert not hooks.is_anybody_listening()
+
+
+def test_chunks_that_stood_still_together_tell_of_one_stall() -> None:
+    recorder = Recorder()
+    with recorder.recording(Scope()) as one, recorder.recording(Scope()) as other:
+        hooks.emit(events.LoopBlocked(0.0, 1.5, "f"))
+    assert one.stalls == other.stalls
+    assert len(one.stalls) == 1
