@@ -10,6 +10,8 @@ from flyte_batch.report.formats import cut
 
 MASK = "(masked: its name or its form is that of a secret)"
 MOST_CHARACTERS = 2000
+MOST_LEVELS = 20
+"""Of mappings in mappings that are taken apart."""
 
 _SECRET_NAME = re.compile(
     r"(^|[_.\-\s])((secrets?|passwords?|passwd|passphrase|credentials?|authorization|bearer|private_?key)($|[_.\-\s])|"
@@ -39,22 +41,30 @@ def is_secret_text(text: str) -> bool:
     return _SECRET_TEXT.search(text) is not None
 
 
-def flat(settings: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(settings: Mapping[str, object], prefix: str = "", levels: int = MOST_LEVELS) -> Iterator[tuple[str, str]]:
     """(dotted name, value) of each entry, in their order; texts that hold JSON objects are taken apart."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         inside = value if isinstance(value, Mapping) else _object(value)
         if is_secret_name(str(key)):
             yield name, MASK
-        elif inside:
-            yield from flat(inside, f"{name}.")
+        elif inside and levels:
+            yield from flat(inside, f"{name}.", levels - 1)
         else:
-            text = value if isinstance(value, str) else json.dumps(_masked(value), ensure_ascii=False, default=str)
+            text = value if isinstance(value, str) and not inside else _as_json(inside or value)
             yield name, MASK if is_secret_text(text) else cut(text, MOST_CHARACTERS)
 
 
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(_masked(value), ensure_ascii=False, default=str)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
+
+
 def _masked(value: object) -> object:
-    """A value in which the entries of mappings whose names are those of secrets are masked."""
+    """A value in which entries with the names of secrets are masked, also in texts that hold JSON objects."""
+    value = _object(value) or value
     if isinstance(value, Mapping):
         return {key: MASK if is_secret_name(str(key)) else _masked(each) for key, each in value.items()}
     return [_masked(each) for each in value] if isinstance(value, list | tuple) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -107,6 +108,25 @@ def test_half_a_surrogate_pair_costs_no_report(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "can&#39;t answer \\ud83d" in (tmp_path / PAGE_FILE).read_text()
     assert "can&#39;t answer \\ud83d" in render_fragment([log])
+
+
+@pytest.mark.parametrize("levels", [30, 400, 900, 100_000])
+@pytest.mark.parametrize(("opens", "closes"), [('{"a":', "}"), ("[", "]")])
+def test_settings_nested_as_deep_as_you_like_are_a_page_or_no_log(levels: int, opens: str, closes: str) -> None:
+    nested = opens * levels + '{"hf_token":"seen"}' + closes * levels
+    data = logs_to_json([replace(a_log(), settings={"deep": "HERE"})]).decode().replace('"HERE"', nested)
+    try:
+        logs = logs_from_json(data.encode())
+    except ValueError:
+        assert levels > 400
+        return
+    assert "seen" not in render_page(logs)
+
+
+def test_a_secret_is_masked_wherever_it_is_nested() -> None:
+    text = json.dumps({"hf_token": "seen"})
+    for value in ([text], {"a": [text]}, functools.reduce(lambda inner, _: {"a": inner}, range(40), text)):
+        assert "seen" not in render_page([replace(a_log(), settings={"deep": value})])
 
 
 def test_a_time_that_no_calendar_has_and_one_without_an_end_are_unknown() -> None:
