@@ -251,6 +251,8 @@ class _FanOut:
         self._scope = scope
         self._rate = rate
         self._max_failed = max_failed
+        self._given: dict[str, float] = {}  # chunk -> when
+        self._lags: dict[str, float] = {}  # process -> seconds, see `ChunkDetails.clock_lag`
 
     async def run(self, view: RunView) -> Manifest:
         """See `run`; whatever happens, the log and the events say how it ended."""
@@ -311,7 +313,7 @@ class _FanOut:
     ) -> list[_FailedChunk]:
         """Run these chunks until too many fail by themselves, or in all; gives the failed ones."""
         failed: list[_FailedChunk] = []
-        async with aclosing(fan_out(todo, self._run_chunk, at_once)) as outcomes:
+        async with aclosing(fan_out(todo, self._give, at_once)) as outcomes:
             async for chunk, outcome in outcomes:
                 if isinstance(outcome, Exception):
                     self._heard_of_failure(chunk, outcome)
@@ -321,15 +323,23 @@ class _FanOut:
                     if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:
                         break
                     continue
-                self._heard(outcome)
+                self._heard(chunk, outcome)
                 view.refresh()
                 if self._too_many_rows_failed:
                     break
         return failed
 
-    def _heard(self, report: ChunkReport) -> None:
+    async def _give(self, chunk: Chunk) -> ChunkReport:
+        self._given[chunk.id] = clock.now()
+        return await self._run_chunk(chunk)
+
+    def _heard(self, chunk: Chunk, report: ChunkReport) -> None:
         self._answered.add(report.chunk_id)
         details = ChunkDetails.from_json(report.details)
+        lag = details.clock_lag(self._given.pop(chunk.id), clock.now())
+        lag = self._lags.setdefault(details.process, lag)
+        if lag:
+            details = details.later(lag)
         counts = report.rows, report.failures, report.prompt_tokens, report.response_tokens
         ended = details.batcher, details.started, details.ended
         self._log.add_chunk(ChunkEntry(report.index, *counts, *ended), details)

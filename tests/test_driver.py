@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import flyte_batch as fb
 from flyte_batch.data.storage import locate
 from flyte_batch.driver import fan_out
 from flyte_batch.errors import RunError
+from flyte_batch.monitoring.details import ChunkDetails
 from flyte_batch.report.history import logs_of
 from tests.helpers import questions, write_jsonl
 
@@ -478,6 +479,23 @@ async def test_a_clock_that_is_set_while_a_run_goes_on_costs_its_figures_nothing
     assert 0 < shares.total < 600
     assert shares.busy > 0
     assert all(chunk.started and chunk.ended and chunk.started <= chunk.ended for chunk in log.chunks)
+
+
+@pytest.mark.parametrize("lag_s", [-3600.0, 3600.0])
+async def test_a_replica_whose_clock_is_off_is_reckoned_with_by_the_drivers(tmp_path: Path, lag_s: float) -> None:
+    worker = Worker()
+
+    async def elsewhere(chunk: fb.Chunk) -> fb.ChunkReport:
+        report = await worker(chunk)
+        details = ChunkDetails.from_json(report.details).later(-lag_s)
+        return replace(report, details=details.to_json())
+
+    output = tmp_path / "out"
+    await fb.run(questions(tmp_path / "in.jsonl", 100), str(output), elsewhere, code_version="1", chunk_size=10)
+    (log,) = logs_of(locate(output))
+    assert 0 < log.time_shares().total < 600
+    assert 0 < log.replica_seconds < 600
+    assert all(log.started <= (chunk.started or 0) <= (chunk.ended or 0) <= log.ended for chunk in log.chunks)
 
 
 async def test_fan_out_keeps_as_many_under_way_as_allowed_and_takes_items_late() -> None:

@@ -147,6 +147,21 @@ def test_details_travel_as_one_line_of_json() -> None:
     assert ChunkDetails.from_json(sent.to_json()) == sent
 
 
+@pytest.mark.parametrize(
+    ("given_at", "heard_at", "lag"),
+    [(9, 21, 0), (10, 20, 0), (30, 45, 20), (1, 15, -5), (30, 35, 0)],
+    ids=["agree", "agree to the second", "behind", "ahead", "kept from another time"],
+)
+def test_how_far_a_clock_is_behind_follows_from_when_a_chunk_was_given_and_heard_of(
+    given_at: float, heard_at: float, lag: float
+) -> None:
+    chunk = details("a", 10, 11, 20, sample(11), sample(20, busy=9), stalls=(Stall(15, 1, "f"),))
+    assert chunk.clock_lag(given_at, heard_at) == lag
+    moved = chunk.later(5)
+    assert (moved.started, moved.loaded, moved.ended) == (15, 16, 25)
+    assert [each.at for each in (*moved.samples, *moved.stalls)] == [16, 25, 20]
+
+
 @given(st.lists(st.integers(0, 20_000_000), min_size=1), st.floats(0, 1))
 def test_a_percentile_of_a_histogram_is_the_bound_above_the_exact_one(lengths: list[int], share: float) -> None:
     histogram = count_tokens(lengths)

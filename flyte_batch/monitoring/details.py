@@ -120,6 +120,29 @@ class ChunkDetails:
     died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
 
+    def clock_lag(self, given: float, heard: float) -> float:
+        """Seconds by which the replica's clock was behind the driver's, at least; negative if it was ahead.
+
+        A replica can't begin with a chunk before it is given one, nor be heard of before it is done.
+
+        Args:
+            given: when the driver gave the chunk away, by its clock.
+            heard: when it had the answer.
+        """
+        least, most = given - self.started, heard - self.ended
+        return min(max(0.0, least), most) if least <= most else 0.0  # else it is an answer of another time, kept
+
+    def later(self, seconds: float) -> ChunkDetails:
+        """The same, all of it so much later, apart from what was seen of GPUs, whose times are told by themselves."""
+        return replace(
+            self,
+            started=self.started + seconds,
+            loaded=self.loaded + seconds,
+            ended=self.ended + seconds,
+            samples=tuple(replace(sample, at=sample.at + seconds) for sample in self.samples),
+            stalls=tuple(replace(stall, at=stall.at + seconds) for stall in self.stalls),
+        )
+
     def to_json(self) -> str:
         """One line of text."""
         samples = [[round(value, 6) for value in sample.to_list()] for sample in self.samples]
