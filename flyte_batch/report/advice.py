@@ -61,7 +61,10 @@ def advise(log: RunLog) -> list[Advice]:
     found = [advice for rule in _RULES if (advice := rule(log)) is not None]
     shares = log.time_shares()
     if shares.total >= SHORTEST_S and (log.outcome != "running" or log.rows_done >= log.plan.rows / 4):
-        timed = [advice for time_rule in _TIME_RULES if (advice := time_rule(log, shares)) is not None]
+        few = _few_at_once(log, shares)
+        rules = [rule for rule in _TIME_RULES if few is None or rule not in _CURED_BY_MORE_AT_ONCE]
+        timed = [advice for time_rule in rules if (advice := time_rule(log, shares)) is not None]
+        found += [few] if few is not None else []
         found += sorted(timed, key=lambda advice: -(advice.saves or 0.0))
     return found
 
@@ -118,6 +121,28 @@ def _failures(log: RunLog) -> Advice | None:
 
 
 # -- Time -----------------------------------------------------------------------
+
+
+def _few_at_once(log: RunLog, shares: TimeShares) -> Advice | None:
+    """Whether a replica had fewer rows at once than one batch takes; the numbers are those of the driver's warning."""
+    plan = log.plan
+    idle = shares.starved + shares.assembling
+    at_once, to_do = plan.chunk_rows * plan.concurrency, -(-(plan.rows - plan.rows_reused) // plan.replicas)
+    if idle <= STARVED * shares.total or at_once >= min(plan.batch_rows, to_do):
+        return None
+    wanted = min(2 * plan.batch_rows, to_do)
+    fill = mean_fill(log)
+    filled = f"; batches left {percent(fill)} full on average" if fill is not None else ""
+    return Advice(
+        f"Too few rows at once: devices waited {percent(idle / shares.total)} of the time",
+        f"{plural(plan.concurrency, 'chunk')} of {plural(plan.chunk_rows, 'row')} give a replica "
+        f"{plural(at_once, 'row')} at once, fewer than the {count(plan.batch_rows)} of a full batch{filled}. Devices "
+        f"were free for {seconds(shares.starved)} with no record waiting, for {seconds(shares.assembling)} while "
+        "records waited for more.",
+        f"Raise chunk_size from {count(plan.chunk_rows)} to {count(-(-wanted // plan.concurrency))}, or the replicas' "
+        f"concurrency from {count(plan.concurrency)} to {count(-(-wanted // plan.chunk_rows))}.",
+        idle,
+    )
 
 
 def _starved(log: RunLog, shares: TimeShares) -> Advice | None:
@@ -344,3 +369,4 @@ _TIME_RULES: tuple[Callable[[RunLog, TimeShares], Advice | None], ...] = (
     _rate,
     _latency,
 )
+_CURED_BY_MORE_AT_ONCE = (_starved, _assembling, _fill)

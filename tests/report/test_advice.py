@@ -57,6 +57,32 @@ def test_starved_devices_get_so_many_chunks_at_once_as_keep_them_busy() -> None:
     assert advice.saves == pytest.approx(2 * 38)
 
 
+def test_fewer_rows_at_once_than_a_batch_takes_have_one_cure() -> None:
+    times = {"busy": 19, "starved": 20, "assembling": 58, "loading": 1, "late": 1, "tail": 1}
+    few = make_plan(rows=1_000, chunk_rows=5, concurrency=1, batch_rows=256, replicas=1)
+    advice = only(make_log(**times, replicas=1, chunks=200, fill=0.044, plan=few))
+    assert advice.title == "Too few rows at once: devices waited 78% of the time"
+    assert (
+        "give a replica 5 rows at once, fewer than the 256 of a full batch; batches left 4.4% full" in advice.evidence
+    )
+    assert advice.action == "Raise chunk_size from 5 to 512, or the replicas' concurrency from 1 to 103."
+    assert advice.saves == 78
+    enough = make_plan(rows=1_000, chunk_rows=256, concurrency=1, batch_rows=256, replicas=1)
+    found = titles(make_log(**times, replicas=1, chunks=4, plan=enough))
+    assert [title.split()[0] for title in found] == ["Waiting", "Starved"]
+
+
+def test_few_rows_at_once_that_keep_the_device_busy_are_left_alone() -> None:
+    few = make_plan(chunk_rows=5, concurrency=1, batch_rows=256, replicas=1)
+    assert titles(make_log(busy=91, starved=4, assembling=4, loading=0, late=0, tail=0, replicas=1, plan=few)) == []
+
+
+def test_the_last_rows_of_an_output_are_not_asked_to_fill_batches() -> None:
+    all_of_them = make_plan(rows=1_000, rows_reused=995, chunk_rows=5, concurrency=1, batch_rows=256, replicas=1)
+    log = make_log(busy=50, starved=40, assembling=10, replicas=1, chunks=1, plan=all_of_them)
+    assert not any("Too few" in title for title in titles(log))
+
+
 def test_starved_devices_with_fewer_chunks_than_slots_get_smaller_chunks() -> None:
     plan = make_plan(chunk_rows=1000, batch_rows=64, concurrency=4)
     advice = only(make_log(busy=80, starved=20, chunks=2, plan=plan))

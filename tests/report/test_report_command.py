@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 import flyte_batch as fb
 from flyte_batch.cli.report import command
 from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE
+from flyte_batch.report import advice
 from flyte_batch.report.history import LOG_FILE, SILENT_S
 from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
@@ -51,7 +53,9 @@ async def run(folder: Path, **options: Any) -> Path:
     output = folder / "out"
     try:
         settings = {"prompt": "{question}"}
-        await fb.run(source(folder), str(output), answer, settings=settings, chunk_size=50, progress="off", **options)
+        await fb.run(
+            source(folder), str(output), answer, settings=settings, progress="off", **{"chunk_size": 50, **options}
+        )
     finally:
         await close_all()
     return output
@@ -131,6 +135,19 @@ async def test_a_failed_run_leaves_a_report_that_says_why(tmp_path: Path) -> Non
     assert told["outcome"] == "failed"
     assert told["error"].startswith("TooManyFailures: ")
     assert page(output).all("pre")[0].text == told["error"]
+
+
+async def test_report_and_terminal_advise_the_same_on_small_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(advice, "SHORTEST_S", 0.0)
+    output = await run(tmp_path, chunk_size=2, replicas=1, concurrency=1, batch_rows=32)
+    (warning,) = [message for message in caplog.messages if "its device will wait" in message]
+    size, concurrency = re.findall(r"Raise chunk_size to (\d+) or the replicas' concurrency to (\d+)", warning)[0]
+    told = figures(output)["advice"]
+    wanted = f"Raise chunk_size from 2 to {size}, or the replicas' concurrency from 1 to {concurrency}."
+    assert [each["action"] for each in told if "Too few rows at once" in each["title"]] == [wanted]
+    assert not any("batch_timeout_s" in each["action"] for each in told)
 
 
 async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> None:
