@@ -463,5 +463,6 @@ def logs_from_json(data: bytes) -> list[RunLog]:
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']}, this flyte_batch knows {FORMAT_VERSION}")
         return [RunLog.from_plain(each) for each in content["runs"]]
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not a log of runs: {type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = ascii(str(error))[1:-1]  # may quote the file, and is to be printed on a terminal
+        raise ValueError(f"not a log of runs: {type(error).__name__}: {why[:300]}") from error

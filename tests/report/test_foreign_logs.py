@@ -97,7 +97,17 @@ def test_the_command_says_what_is_wrong_with_a_log_in_one_line(
     result = CliRunner().invoke(command, [str(tmp_path)])
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
-    assert "can't be understood (plan.rows: Input should be a valid integer" in caplog.text
+    assert "can't be understood (not a log of runs: ValueError: plan.rows: Input should be a valid int" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("format_version",), "\x1b[2J"), (("runs", 0, "latencies"), {"\x1b[2J\n": 1}), (("runs", 0), "\x1b[2J")],
+)
+def test_what_is_said_of_a_log_moves_no_cursor(place: tuple[Any, ...], value: Any) -> None:
+    with pytest.raises(ValueError) as raised:
+        logs_from_json(changed(place, value))
+    assert str(raised.value).isprintable()
 
 
 def test_half_a_surrogate_pair_costs_no_report(tmp_path: Path) -> None:
