@@ -30,7 +30,7 @@ from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.replica import check_driver
 from flyte_batch.report.formats import percent, seconds
-from flyte_batch.report.keeper import ReportKeeper
+from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 from flyte_batch.versions import versions
 
@@ -213,7 +213,7 @@ async def run(
         view.say(
             f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {seconds(summary.seconds)}, "
             f"device busy {percent(summary.utilization)}; {summary.chunks} parts, {summary.chunks_reused} of them "
-            f"kept: {summary.output}"
+            f"kept: {summary.output}; how it went: {PAGE_FILE} there"
         )
     return summary
 
@@ -268,6 +268,8 @@ class _FanOut:
             error = type(raised).__name__
             log.outcome = "failed" if isinstance(raised, Exception) else "cancelled"
             log.error = f"{error}: {raised}" if isinstance(raised, Exception) else error
+            if log.outcome == "cancelled" and log.rows:
+                view.say(f"what is finished in {log.output} is kept: run the same command again to do the rest")
             try:
                 await asyncio.to_thread(self._target.leave, self._chunks)
             except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more

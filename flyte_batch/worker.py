@@ -42,7 +42,7 @@ class Undecodable(str):
 Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
 """Gives the process's engine and batcher: an `EngineBatcher`, or a `ContinuousBatcher`."""
 
-EXAMPLES = 2
+EXAMPLES = 3
 """Failed rows of each cause that a chunk's report shows."""
 EXAMPLE_CHARACTERS = 300
 
@@ -257,15 +257,16 @@ class _Task:
         return [result for result in self.results if result is not None]
 
     def examples(self) -> tuple[Example, ...]:
-        """The first failed rows of each cause."""
+        """Failed rows of each cause whose messages say different things, the first ones."""
         found: dict[str, list[Example]] = {}
         for index, result in enumerate(self.results):
             if isinstance(result, Exception):
                 cause = type(result).__name__
                 known = found.setdefault(cause, [])
                 if len(known) < EXAMPLES and len(found) <= MOST_CAUSES:
-                    message = str(result)[:EXAMPLE_CHARACTERS]
-                    known.append(Example(self.first_row + index, cause, message))
+                    example = Example(self.first_row + index, cause, str(result)[:EXAMPLE_CHARACTERS])
+                    if all(example.gist != other.gist for other in known):
+                        known.append(example)
         return tuple(example for examples in found.values() for example in examples)
 
     def check_engine(self) -> None:
@@ -313,7 +314,8 @@ class _Task:
                     self.results[output.item] = output.error
                     if output.stage != "infer":  # of those the batcher tells
                         cause = type(output.error).__name__, str(output.error)
-                        emit(events.RecordFailed(time.time(), self.scope, output.stage, *cause))
+                        row = self.first_row + output.item
+                        emit(events.RecordFailed(time.time(), self.scope, output.stage, *cause, row=row))
                     if output.stage == "infer" and not isinstance(output.error, BadRecord):
                         self.engine_errors.append(output.error)
                 else:

@@ -29,7 +29,8 @@ COMMON = (
     "async-lru==2.4.0",  # singletons
     "pyarrow==26.0.1",  # sources and parts
     "jinja2==3.1.6",  # chat templates, reports
-    "click==8.5.1",  # these three come with Flyte
+    "click==8.5.1",  # these four come with Flyte
+    "pydantic==2.14.3",
     "pyyaml==6.0.3",
     "rich==15.0.0",
     "tokenizers==0.23.3",

@@ -119,7 +119,7 @@ def test_sums_failures_and_examples_come_from_the_chunks() -> None:
         log.add_chunk(ChunkEntry(index, 10, 2, 30, 60), details(str(index), 0, 1, 2, **failing))
     assert (log.rows, log.failures, log.prompt_tokens, log.response_tokens) == (30, 6, 90, 180)
     assert (log.causes, log.latencies, log.prompt_lengths) == ({"BadRecord": 6}, {0.1: 9}, {4.0: 24})
-    assert [example.row for example in log.examples] == [3, 4, 3]
+    assert [example.row for example in log.examples] == [3, 4]  # others said the same
     assert (log.died, log.engine_deaths) == (["x", "y"], 2)  # three chunks told of the same two
 
 

@@ -362,3 +362,18 @@ async def test_a_deadline_that_is_over_before_it_begins_is_refused(tmp_path: Pat
     chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 3))
     with pytest.raises(ValueError, match="timeout_s must be positive"):
         await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt="{question}", timeout_s=timeout_s)
+
+
+async def test_examples_of_failed_rows_are_ones_that_say_different_things(tmp_path: Path) -> None:
+    def ask(row: dict[str, Any]) -> str:
+        match row["id"] % 3:
+            case 0:
+                raise ValueError(f"too long: {row['id']} tokens")
+            case 1:
+                raise ValueError("no question")
+        return str(row["question"])
+
+    chunk = chunk_of(tmp_path, questions(tmp_path / "in.jsonl", 12))
+    report = await fb.infer(chunk, solver_of(fb.FakeEngine()), prompt=ask)  # type: ignore[arg-type]
+    details = ChunkDetails.from_json(report.details)
+    assert [(each.row, each.message) for each in details.examples] == [(0, "too long: 0 tokens"), (1, "no question")]

@@ -7,6 +7,7 @@ failed ones their number and error, a few for each cause.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -65,6 +66,11 @@ class Example:
     row: int
     cause: str
     message: str
+
+    @property
+    def gist(self) -> str:
+        """The message without its numbers: rows that failed alike have it in common."""
+        return re.sub(r"\d[\d,.]*", "#", self.message)
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ class RecordFailed(Event):
         error: the error's class, the cause by which failures are counted.
         message: what it says.
         batcher: its id, "" where the record failed outside of it.
+        row: its number in the source, from 0; None in a batcher, which knows no rows.
     """
 
     scope: Scope
@@ -145,6 +146,7 @@ class RecordFailed(Event):
     error: str
     message: str
     batcher: str = ""
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

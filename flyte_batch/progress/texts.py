@@ -17,9 +17,11 @@ def line(figures: Figures, pace: Pace, now: float) -> str:
     parts = [
         rows(figures),
         f"{number(pace.rate(now))} rows/s",
-        "starting" if left is None else f"{seconds(left)} left",
+        "time left not known yet" if left is None else f"{seconds(left)} left",
         failures(figures),
     ]
+    if figures.done >= figures.total:
+        del parts[2]
     if figures.tokens and pace.elapsed(now) > 0:
         parts.append(f"{number(figures.tokens / pace.elapsed(now))} tokens/s")
     if figures.shares.total > 0:

@@ -31,8 +31,8 @@ MOST_SAMPLES_OF_ALL = 20_000
 """Shared by the engines, so that the log of hundreds of replicas is a file of a few MB."""
 FEWEST_SAMPLES = 20
 """Of one engine, however many there are."""
-MOST_EXAMPLES = 3
-"""Failed rows of each cause."""
+MOST_EXAMPLES = 5
+"""Failed rows of each cause, whose messages say different things."""
 MOST_STALLS = 200
 MOST_OF_ANYTHING = 1e15
 """A number in a file that is larger is none of ours: no run has so many tokens, joules, bytes or seconds."""
@@ -271,7 +271,8 @@ class RunLog:
         )
         self.latencies = added((self.latencies, details.latencies))
         for example in details.examples:
-            if sum(known.cause == example.cause for known in self.examples) < MOST_EXAMPLES:
+            alike = [known.gist for known in self.examples if known.cause == example.cause]
+            if len(alike) < MOST_EXAMPLES and example.gist not in alike:
                 self.examples.append(example)
         engine = self.engines.setdefault(
             details.batcher,

@@ -290,8 +290,8 @@ async def test_a_chunks_events_carry_its_scope_and_the_parts_own_counts(tmp_path
     assert heard.by_scope() == {scope: 9}
     assert (done.rows, done.failures, done.causes) == (10, 2, {"BadRecord": 1, "ValueError": 1})
     assert (done.prompt_tokens, done.response_tokens) == (report.prompt_tokens, report.response_tokens)
-    failed = {(event.stage, event.error): event.scope for event in heard.of(events.RecordFailed)}
-    assert failed == {("prepare", "ValueError"): scope, ("infer", "BadRecord"): scope}
+    failed = {(event.stage, event.error, event.row): event.scope for event in heard.of(events.RecordFailed)}
+    assert failed == {("prepare", "ValueError", 3): scope, ("infer", "BadRecord", None): scope}
     details = ChunkDetails.from_json(report.details)
     assert details.causes == done.causes
     assert {(example.row, example.cause) for example in details.examples} == {(3, "ValueError"), (7, "BadRecord")}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from flyte_batch.errors import BadInput
-from flyte_batch.monitoring import gpu
+from flyte_batch.monitoring import clock, gpu
 from flyte_batch.monitoring.details import gpu_use
 from flyte_batch.monitoring.gpu import GpuSampler, GpuTotal, GpuUse, gpu_totals
 from tests.helpers import ENVIRONMENT, ROOT, questions
@@ -113,9 +113,9 @@ class TestSample:
             temperature=63, sm_clock=2040, memory_clock=6251, energy_mj=123_456_789, event_reasons=0x24,
         )  # fmt: skip
         machine.add(SECOND, "NVIDIA A10G", utilization=0, memory_utilization=0, power_mw=15_000)
-        before = time.time()
+        before = clock.now()
         first, second = start().latest()
-        assert before - 0.01 <= first.at <= time.time() + 0.01
+        assert before - 0.01 <= first.at <= clock.now() + 0.01
         assert replace(first, at=0) == gpu.GpuSample(
             at=0, index=0, uuid=FIRST, name="NVIDIA L4", utilization=0.87, memory_utilization=0.41,
             memory_used_bytes=20 * GIB, memory_total_bytes=24 * GIB, power_w=71.5, temperature_c=63, sm_clock_mhz=2040,
@@ -185,7 +185,7 @@ class TestSampler:
         first, second = sampler.totals()
         assert (first.energy_j, second.energy_j) == (2.0, 7.0)
         assert first.seconds < second.seconds
-        assert [use.uuid for use in sampler.use_between(lost_at + 1e-4, time.time())] == [SECOND]
+        assert [use.uuid for use in sampler.use_between(lost_at + 1e-4, clock.now())] == [SECOND]
 
     def test_a_gpu_that_answers_nothing_holds_nobody(
         self, machine: Machine, start: Start, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +194,7 @@ class TestSampler:
         sampler = start()
         monkeypatch.setattr(gpu, "_PATIENCE_S", 0.05)
         machine.set(0, hang=1)
-        (use,) = sampler.use_between(0, time.time())
+        (use,) = sampler.use_between(0, clock.now())
         assert use.end == sampler.latest()[0].at
         machine.set(0, hang=None)
         until(lambda: len(sampler.samples()[FIRST]) == 2)
@@ -276,7 +276,7 @@ class TestUse:
 
     def test_a_use_is_plain_data(self, machine: Machine, start: Start) -> None:
         machine.add(FIRST, utilization=50, memory_utilization=1, energy_mj=1000, event_reasons=0x4)
-        (use,) = start().use_between(0, time.time())
+        (use,) = start().use_between(0, clock.now())
         fields = json.loads(json.dumps(asdict(use)))
         assert GpuUse(**fields | {"throttle_reasons": tuple(fields["throttle_reasons"])}) == use
 
@@ -420,7 +420,7 @@ def run(program: str, *arguments: str, **environment: str) -> str:
 STARTED_TWICE = """
 import logging
 logging.basicConfig(level=logging.DEBUG, format="%(name)s %(levelname)s %(message)s")
-from flyte_batch.monitoring import gpu
+from flyte_batch.monitoring import clock, gpu
 first, second = gpu.start_sampler(), gpu.start_sampler()
 print(first is second, first is None, [sample.uuid for sample in gpu.latest()])
 if first is not None:

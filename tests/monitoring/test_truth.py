@@ -189,4 +189,5 @@ async def test_utilisation_agrees_with_a_clock_of_its_own_at_the_device(tmp_path
     assert wall == pytest.approx(seen, rel=0.1, abs=0.1)
     measured = witnesses[0].busy_s / wall
     assert abs(summary.utilization - measured) < 0.02, (summary.utilization, measured, log.time_shares())
-    assert (measured > 0.7) == (rest == 0.0)
+    if rest:
+        assert measured < 0.6
