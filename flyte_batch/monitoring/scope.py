@@ -36,12 +36,6 @@ trace_source: Callable[[], object] = lambda: None  # noqa: E731
 """Gives the span that the calling code is part of; set by a tracing backend."""
 
 
-def current_scope() -> Scope:
-    """The scope of the calling code; outside of `scope_entered` that of its Flyte action."""
-    scope = _current.get()
-    return scope if scope is not None else new_scope()
-
-
 def new_scope(chunk: str = "", chunk_index: int | None = None) -> Scope:
     """A scope of the calling code's action and span."""
     run, action = action_source()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from flyte_batch.errors import EngineOutOfMemory
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.details import ChunkDetails
 from flyte_batch.monitoring.events import BatchDone, Event
-from flyte_batch.monitoring.scope import current_scope, new_scope, scope_entered
+from flyte_batch.monitoring.scope import new_scope, scope_entered, scope_of
 from flyte_batch.report.run_log import logs_from_json
 from tests.helpers import questions
 
@@ -252,10 +253,11 @@ def test_hooks_come_and_go_on_threads_while_events_are_told() -> None:
 
 
 def test_outside_of_everything_there_is_an_empty_scope_and_a_new_one_each_time() -> None:
-    assert (current_scope().run, current_scope().action, current_scope().chunk) == ("", "", "")
+    outside = contextvars.copy_context()
+    assert (scope_of(outside).run, scope_of(outside).action, scope_of(outside).chunk) == ("", "", "")
     assert new_scope() != new_scope()
     with scope_entered(mine := new_scope("c", 3)):
-        assert current_scope() is mine
+        assert scope_of(contextvars.copy_context()) is mine
 
 
 # -- Chunks, runs, loads, the loop -------------------------------------------

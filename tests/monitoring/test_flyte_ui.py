@@ -12,7 +12,7 @@ import pytest
 import flyte_batch as fb
 from flyte_batch import flyte_ui
 from flyte_batch.demo.problems import generate
-from flyte_batch.monitoring.scope import current_scope
+from flyte_batch.monitoring.scope import new_scope
 from tests.helpers import flyte_run, write_jsonl
 
 names = fb.driver_environment("names")
@@ -20,7 +20,7 @@ names = fb.driver_environment("names")
 
 @names.task
 async def whose() -> tuple[str, str, str, str]:
-    scope = current_scope()
+    scope = new_scope()
     run, action = flyte_ui.action_names()
     return scope.run, scope.action, run, action
 
