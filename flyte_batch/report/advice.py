@@ -128,7 +128,7 @@ def _few_at_once(log: RunLog, shares: TimeShares) -> Advice | None:
     plan = log.plan
     idle = shares.starved + shares.assembling
     at_once, to_do = plan.chunk_rows * plan.concurrency, -(-(plan.rows - plan.rows_reused) // plan.replicas)
-    if idle <= STARVED * shares.total or at_once >= min(plan.batch_rows, to_do):
+    if idle <= STARVED * shares.total or not 0 < at_once < min(plan.batch_rows, to_do):
         return None
     wanted = min(2 * plan.batch_rows, to_do)
     fill = mean_fill(log)
@@ -319,7 +319,7 @@ def _fill(log: RunLog, shares: TimeShares) -> Advice | None:
 def _rate(log: RunLog, shares: TimeShares) -> Advice | None:
     del shares
     measured, plan = measured_rows_per_s(log), log.plan
-    if measured is None or not math.isfinite(plan.rows_per_s) or plan.rows_per_s <= 0:
+    if measured is None or plan.rows < 1 or not math.isfinite(plan.rows_per_s) or plan.rows_per_s <= 0:
         return None
     off = max(measured / plan.rows_per_s, plan.rows_per_s / measured)
     said = float(f"{measured:.2g}")

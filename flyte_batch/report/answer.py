@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flyte_batch.monitoring import gpu
 from flyte_batch.report.advice import replicas_seen
-from flyte_batch.report.formats import count, number, percent, plural, seconds
+from flyte_batch.report.formats import count, money, number, percent, plural, seconds
 from flyte_batch.report.run_log import RunLog, TimeShares
 
 ENOUGH_TO_ESTIMATE = 0.2
@@ -72,10 +72,19 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
     if not log.rows_done:
         return f"Nothing was left to do: earlier runs had done all {plural(log.rows, 'row')}{failed}."
     replicas = plural(replicas_seen(log), "replica")
+    there_already = ""
+    if log.plan.rows_reused:
+        answered, of_rows = log.rows_done - failures_done(log), log.rows_done
+        there_already = f"; {plural(log.plan.rows_reused, 'row')} {_were(log.plan.rows_reused)} there already"
+        failed = f"; {count(log.failures)} of all {plural(log.rows, 'row')} failed" if log.failures else failed
     return (
         f"{count(answered)} of {plural(of_rows, 'row')} answered in {seconds(log.seconds)} by {replicas}, "
-        f"busy {percent(shares.utilization)} of the time{failed}."
+        f"busy {percent(shares.utilization)} of the time{there_already}{failed}."
     )
+
+
+def _were(rows: int) -> str:
+    return "was" if rows == 1 else "were"
 
 
 def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
@@ -102,10 +111,16 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
             Figure("Tokens a second", number(tokens / log.seconds), "prompts and responses"),
         ]
     tokens_note = f"{count(log.prompt_tokens)} of prompts, {count(log.response_tokens)} of responses"
+    if log.plan.rows_reused:
+        tokens_note += f"; {count(tokens_done(log))} of them by this run"
     found.append(Figure("Tokens", count(log.prompt_tokens + log.response_tokens), tokens_note))
     if log.cost is not None:
         note = f"{seconds(log.replica_seconds)} of replicas at {number(log.plan.price_per_hour or 0)} an hour"
-        found.append(Figure("Cost", f"{log.cost:,.2f}" if log.cost >= 0.1 or not log.cost else number(log.cost), note))
+        if log.plan.rows_reused:
+            note = f"of this run alone: {note}"
+        if done := tokens_done(log):
+            note += f"; {money(log.cost / done * 1e6)} per million tokens"
+        found.append(Figure("Cost", money(log.cost), note))
     energy = gpu.energy_j(gpu.gpu_totals(log.gpus))
     per_million = gpu.wh_per_million_tokens(energy, tokens_done(log))
     if energy is not None and per_million is not None:
@@ -116,6 +131,11 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
 def tokens_done(log: RunLog) -> int:
     """Of prompts and responses, in this run."""
     return sum(chunk.prompt_tokens + chunk.response_tokens for chunk in log.chunks)
+
+
+def failures_done(log: RunLog) -> int:
+    """Rows without a response, in this run."""
+    return sum(chunk.failures for chunk in log.chunks if not chunk.error)
 
 
 def summary(last: RunLog, about: RunLog) -> list[str]:

@@ -66,6 +66,15 @@ def _two(value: int, large: int, large_name: str, small: int, small_name: str) -
     return f"{first} {large_name} {rest // small} {small_name}" if rest // small else f"{first} {large_name}"
 
 
+def money(value: float) -> str:
+    """``1,234.50``; two significant digits of what is less than a tenth: ``0.0073``."""
+    if not math.isfinite(value):
+        return "unknown"
+    if value >= 0.0995 or value <= 0:
+        return f"{value:,.2f}"
+    return f"{value:.{1 - math.floor(math.log10(value))}f}"
+
+
 def size(value: float) -> str:
     """Bytes: ``12 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -64,3 +64,11 @@ def test_one_is_singular_and_long_texts_end_with_a_mark() -> None:
     assert [formats.plural(each, "row") for each in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
     assert formats.plural(2, "replica died", "replicas died") == "2 replicas died"
     assert (formats.cut("abcd", 4), formats.cut("abcde", 4)) == ("abcd", "abc…")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0.00"), (0.00735, "0.0073"), (0.042, "0.042"), (0.0996, "0.10"), (1.234, "1.23"), (12_345.678, "12,345.68")],
+)
+def test_money_has_hundredths_or_two_digits(value: float, text: str) -> None:
+    assert formats.money(value) == text

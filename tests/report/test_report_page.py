@@ -52,10 +52,28 @@ def test_the_answer_comes_first_and_has_the_logs_numbers() -> None:
     assert figures["Tokens"] == ("240,000", "160,000 of prompts, 80,000 of responses")
     assert figures["Rows a second"][0] == "76.2"  # 8,000 in 105 s
     assert figures["Tokens a second"][0] == "2,286"
-    assert figures["Cost"] == ("0.10", "3 min 20 s of replicas at 1.8 an hour")  # 200 s of 3600 at 1.8
+    assert figures["Cost"] == (
+        "0.10",
+        "3 min 20 s of replicas at 1.8 an hour; 0.42 per million tokens",
+    )  # 200 s of 3600 at 1.8
     first_section = root.all("section")[0]
     assert heading(first_section) == heading(root)
     assert first_section.figures() == {name: figures[name] for name in first_section.figures()} != {}
+
+
+def test_a_resumed_run_tells_what_it_did_and_what_was_there() -> None:
+    plan = make_plan(rows=10_000, rows_reused=2_000, price_per_hour=1.8)
+    log = make_log(plan=plan)
+    log.count(2_000, 6, 1_000, 500, {"BadRecord": 6}, {24: 1_994}, {12: 1_994})
+    root = page(log)
+    assert heading(root) == (
+        "8,000 of 8,000 rows answered in 1 min 45 s by 2 replicas, busy 90% of the time; 2,000 rows were there "
+        "already; 6 of all 10,000 rows failed."
+    )
+    figures = root.figures()
+    assert figures["Tokens"] == ("241,500", "161,000 of prompts, 80,500 of responses; 240,000 of them by this run")
+    assert figures["Cost"][1].startswith("of this run alone: 3 min 20 s of replicas")
+    assert figures["Cost"][1].endswith("; 0.42 per million tokens")
 
 
 def test_where_the_time_went_adds_up_to_all_of_it() -> None:
