@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from flyte_batch.errors import BadInput
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
-from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, logs_from_json
+from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, logs_from_json, logs_to_json
 
 if TYPE_CHECKING:
+    from flyte_batch.data.manifest import Manifest, RunRecord
+    from flyte_batch.data.parts import PartInfo
     from flyte_batch.data.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -143,8 +145,24 @@ def log_of_parts(folder: Location) -> RunLog:
             f"{folder} is no output of flyte_batch (it holds no part and no manifest): give a run's --output"
         )
     chunk_rows = run.chunk_rows if run is not None else None
+    try:
+        return _checked(_log_of(folder.uri, record, parts, chunk_rows, is_done=manifest is not None))
+    except (TypeError, ValueError, AttributeError) as error:
+        why = ascii(str(error))[1:-1]  # may quote a file, and is to be printed on a terminal
+        raise BadInput(f"what lies in {folder} was written by no run of flyte_batch: {why[:300]}") from error
+
+
+def _checked(log: RunLog) -> RunLog:
+    """The log, if its values are of the types that it says they are, and nobody's numbers are too large."""
+    (checked,) = logs_from_json(logs_to_json([log]))
+    return checked
+
+
+def _log_of(
+    output: str, record: RunRecord | Manifest | None, parts: Sequence[PartInfo], chunk_rows: int | None, is_done: bool
+) -> RunLog:
     log = RunLog(
-        output=folder.uri,
+        output=output,
         source=record.source.path if record is not None else "",
         settings=record.settings if record is not None else {},
         plan=Plan(
@@ -158,7 +176,7 @@ def log_of_parts(folder: Location) -> RunLog:
             batch_rows=1,
             rows_per_s=USUAL_ROWS_PER_S,
         ),
-        outcome="unfinished" if manifest is None else "done",
+        outcome="done" if is_done else "unfinished",
     )
     for part in parts:
         log.count_part(part)

@@ -15,11 +15,14 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flyte_batch as fb
 from flyte_batch.cli.report import command
+from flyte_batch.data.manifest import MANIFEST_FILE
 from flyte_batch.report.history import LOG_FILE
 from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.page import render_fragment, render_page
 from flyte_batch.report.run_log import RunLog, logs_from_json, logs_to_json
+from tests.helpers import questions
 from tests.report.logs import gpu_use, make_log, make_plan, with_failures, with_stalls
 from tests.report.parsing import parse
 
@@ -108,6 +111,38 @@ def test_what_is_said_of_a_log_moves_no_cursor(place: tuple[Any, ...], value: An
     with pytest.raises(ValueError) as raised:
         logs_from_json(changed(place, value))
     assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", []),
+        ("rows", 10**30),
+        ("failures", 10**30),
+        ("causes", True),
+        ("causes", {"E": "\x1b[2J"}),
+        ("rows", -1),
+    ],
+)
+async def test_a_manifest_that_no_run_wrote_is_refused_in_one_line(tmp_path: Path, field: str, value: Any) -> None:
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(fb.FakeEngine(), batch_timeout_s=0.001)
+
+    async def answer(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, solver, prompt="{question}")
+
+    output = tmp_path / "out"
+    await fb.run(questions(tmp_path / "in.jsonl", 20), str(output), answer, code_version="1", progress="off")
+    (output / LOG_FILE).unlink()
+    manifest = json.loads((output / MANIFEST_FILE).read_text())
+    manifest["parts"][0][field] = value
+    (output / MANIFEST_FILE).write_text(json.dumps(manifest))
+    result = CliRunner().invoke(command, [str(output)])
+    assert isinstance(result.exception, SystemExit)
+    assert "was written by no run of flyte_batch" in result.output
+    assert len(result.output.splitlines()) == 1
+    assert result.output.strip().isprintable()
 
 
 def test_half_a_surrogate_pair_costs_no_report(tmp_path: Path) -> None:
