@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 import textwrap
 from typing import Any
 
@@ -91,13 +92,21 @@ async def _run(test: LoadTest) -> LoadReport:
         return test.batching.batcher(engine, test.sampling)
 
     header = [TABLE_HEADER]
+    is_terminal = sys.stderr.isatty()
 
-    def show(step: LoadResult) -> None:
+    def announce(rate_per_s: float) -> None:
         while header:
             click.echo(header.pop())
+        click.echo(
+            f"{rate_per_s:g} requests/s for {test.warm_up_s + test.seconds:g} s ...", err=True, nl=not is_terminal
+        )
+
+    def show(step: LoadResult) -> None:
+        if is_terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)  # rubs out what was announced
         click.echo(table_row(step))
 
     try:
-        return await measure(test, solver, on_step=show)
+        return await measure(test, solver, on_start=announce, on_step=show)
     finally:
         await close_all()

@@ -68,6 +68,7 @@ async def find_limit(
     seed: int = 0,
     timeout_s: float = 10.0,
     max_in_flight: int = 10_000,
+    on_start: Callable[[float], object] | None = None,
     on_step: Callable[[LoadResult], object] | None = None,
 ) -> Limit:
     """Find the rate at which a service level stops to be kept.
@@ -93,6 +94,7 @@ async def find_limit(
         seed: of the first step; each has one of its own.
         timeout_s: as for `run_load`.
         max_in_flight: as for `run_load`.
+        on_start: hears of each step when it begins: requests a second.
         on_step: hears of each step when it is over.
 
     Raises:
@@ -121,6 +123,8 @@ async def find_limit(
 
     rate: float | None = start_per_s
     while rate is not None and (not steps or await is_there()):
+        if on_start is not None:
+            on_start(rate)
         step = await run_load(
             ask,
             records,

@@ -23,13 +23,18 @@ Solver = Callable[[], Awaitable[EngineOwner[Any, Completion, Any]]]
 
 
 async def measure(
-    test: LoadTest, solver: Solver, *, on_step: Callable[[LoadResult], object] | None = None
+    test: LoadTest,
+    solver: Solver,
+    *,
+    on_start: Callable[[float], object] | None = None,
+    on_step: Callable[[LoadResult], object] | None = None,
 ) -> LoadReport:
     """Load this process's engine with requests. Each tokenises its prompt on a thread, then goes through the batcher.
 
     Args:
         test: what to ask, and how fast.
         solver: gives the batcher; asked for each request, as callers do, so that a dead engine is replaced.
+        on_start: hears of each load when it begins: requests a second.
         on_step: hears of each load when it is over.
 
     Raises:
@@ -52,10 +57,13 @@ async def measure(
             warm_up_s=test.warm_up_s,
             seed=test.seed,
             timeout_s=test.timeout_s,
+            on_start=on_start,
             on_step=on_step,
         )
     else:
         await ask_alone(asker_of(solver), prompts[0], test.timeout_s)
+        if on_start is not None:
+            on_start(test.rate_per_s)
         result = await run_load(
             asker_of(solver),
             prompts,

@@ -208,11 +208,12 @@ def each_of(make: Callable[[Any], Any], items: list[Any], what: str) -> list[Any
         BadInput: names the first that it makes nothing of.
     """
     made = []
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(items):
         try:
             made.append(make(item))
         except BadRecord as error:
             raise BadInput(
-                f"{what} {number} cannot be asked ({error}), and a request that fails at once is no load: leave it out"
+                f"{what} {number} (counted from 0) cannot be asked ({error}), and a request that fails at once is no "
+                "load: leave it out"
             ) from error
     return made

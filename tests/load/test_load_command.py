@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -81,7 +82,26 @@ def test_interrupted_it_ends_at_once_in_a_word() -> None:
             break
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert rest.strip().rstrip("!.") == "Aborted"
+    *begun, last = filter(None, rest.splitlines())
+    assert last.rstrip("!.") == "Aborted"
+    assert begun in ([], ["16 requests/s for 1.3 s ..."])
+
+
+def test_what_it_waits_for_is_said_while_it_waits() -> None:
+    """A line of its own where it is kept, beside the table; in a terminal the row takes its place."""
+    run = batch_load("--engine", "fake", "--rate", "20", *SHORT, *LENIENT)
+    assert run.stderr.splitlines() == ["20 requests/s for 1.3 s ..."]
+    assert "..." not in run.stdout.partition("\n")[2]
+    terminal, shell = os.openpty()
+    with subprocess.Popen(
+        [FLYTE, "batch", "load", "--engine", "fake", "--rate", "20", *SHORT, *LENIENT],
+        cwd=ROOT, env=ENVIRONMENT, stdout=shell, stderr=shell,
+    ) as process:  # fmt: skip
+        os.close(shell)
+        assert process.wait(60) == 0
+        shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert re.search(r"20 requests/s for 1\.3 s \.\.\.\r\x1b\[K +20 ", shown), shown
 
 
 class Slow(fb.FakeEngine):

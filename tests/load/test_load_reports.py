@@ -82,14 +82,16 @@ def test_a_source_is_asked_by_its_template_and_at_most_a_thousand_rows_of_it(tmp
 
 def test_a_row_that_makes_no_prompt_is_named(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"question": "a"}, {"question": None}])
-    with pytest.raises(fb.BadInput, match=r"row 2 cannot be asked .column 'question' is null.*leave it out"):
+    with pytest.raises(
+        fb.BadInput, match=r"row 1 .counted from 0. cannot be asked .column 'question' is null.*leave it out"
+    ):
         read_prompts(plan(source=source))
 
 
 def test_a_prompt_that_the_engine_refuses_is_named_before_the_load(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"question": "a"}, {"question": "b " * 5000}])
     engine = fb.FakeEngine()
-    with pytest.raises(fb.BadInput, match=r"prompt 2 cannot be asked .*5000 tokens"):
+    with pytest.raises(fb.BadInput, match=r"prompt 1 .counted from 0. cannot be asked .*5000 tokens"):
         measured(plan(source=source, rate_per_s=1.0), engine)
     assert engine.batches == []
 
