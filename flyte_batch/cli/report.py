@@ -23,7 +23,7 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     """Make a run's report again: OUTPUT is the folder or URI of its parts, finished or not."""
     from flyte_batch.data import storage
     from flyte_batch.report.answer import summary
-    from flyte_batch.report.history import detailed, logs_of
+    from flyte_batch.report.history import detailed, logs_of, silent_s
     from flyte_batch.report.keeper import PAGE_FILE
     from flyte_batch.report.page import render_page
     from flyte_batch.report.samples import sample_answers
@@ -31,6 +31,7 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     try:
         folder = storage.locate(output)
         logs = logs_of(folder)
+        silent = silent_s(folder)
         about = detailed(logs)
         page = storage.locate(html) if html is not None else folder.child(PAGE_FILE)
         content = render_page(logs, sample_answers(folder, logs[-1])).encode()
@@ -43,7 +44,7 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_figures(logs[-1], about) | {"report": page.uri}, indent=1))
     else:
-        for line in (*summary(logs[-1], about), f"report: {page.uri}"):
+        for line in (*summary(logs[-1], about, silent), f"report: {page.uri}"):
             click.echo(line)
     if show:
         click.launch(page.uri)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from flyte_batch.monitoring import gpu
 from flyte_batch.report.advice import replicas_seen
-from flyte_batch.report.formats import count, money, number, percent, plural, seconds
+from flyte_batch.report.formats import count, cut, money, number, percent, plural, seconds
 from flyte_batch.report.run_log import RunLog, TimeShares
 
 ENOUGH_TO_ESTIMATE = 0.2
 """Share of a run's rows before which the time that is left is not told: the first ones hold the model's load."""
+
+MOST_OF_AN_ERROR = 1_000
+"""Characters, in the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +46,9 @@ def seconds_left(log: RunLog) -> float | None:
 
 def status(log: RunLog) -> str:
     """In a word or two."""
+    unfinished = "Broken off" if knows_times(log) else "Unfinished"
     return {"running": "Running", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}.get(
-        log.outcome, "Unfinished"
+        log.outcome, unfinished
     )
 
 
@@ -138,8 +142,14 @@ def failures_done(log: RunLog) -> int:
     return sum(chunk.failures for chunk in log.chunks if not chunk.error)
 
 
-def summary(last: RunLog, about: RunLog) -> list[str]:
-    """The answer as at most five lines of text: how ``last`` ended, and the figures of ``about``."""
+def summary(last: RunLog, about: RunLog, silent_s: float) -> list[str]:
+    """The answer as at most six lines of text: how ``last`` ended, and why; and the figures of ``about``.
+
+    Args:
+        last: the last run.
+        about: the one to tell of.
+        silent_s: seconds since the last run's log was written.
+    """
     lines = {figure.name: figure for figure in figures(about, about.time_shares())}
 
     def line(*names: str) -> str:
@@ -149,8 +159,11 @@ def summary(last: RunLog, about: RunLog) -> list[str]:
             if name in lines
         )
 
+    heard = f" Last heard of {seconds(silent_s)} ago." if last.outcome in ("running", "unfinished") else ""
+    why = "".join(each if each.isprintable() else " " for each in last.error)
     found = [
-        f"{status(last)}: {sentence(last, last.time_shares())}",
+        sentence(last, last.time_shares()) + (heard if knows_times(last) else ""),
+        cut(why, MOST_OF_AN_ERROR),
         line("Rows", "Failures"),
         line("Time", "Utilisation"),
         line("Rows a second", "Tokens a second", "Tokens"),

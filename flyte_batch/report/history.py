@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flyte_batch.errors import BadInput
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
+from flyte_batch.report.formats import count, plural
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, logs_from_json, logs_to_json
 
 if TYPE_CHECKING:
@@ -112,12 +114,66 @@ def logs_of(folder: Location) -> list[RunLog]:
     except ValueError as error:
         logger.warning("%s can't be understood (%s); the report is made from the parts", location, error)
         return [log_of_parts(folder)]
-    return [*map(_over, earlier), last if time.time() - last.ended <= SILENT_S else _over(last)]
+    if silent_s(folder) > SILENT_S:
+        last = _over(last)
+    return [*map(_over, earlier), last if last.outcome == "done" else _with_parts(last, folder)]
+
+
+def silent_s(folder: Location) -> float:
+    """Seconds since the log of an output's runs was written, as its storage tells; infinite where it does not.
+
+    Raises:
+        BadInput: the folder may not be read.
+        OSError: the storage can't be read for now.
+    """
+    from flyte_batch.data import storage
+
+    found = storage.entry(folder.child(LOG_FILE))
+    if found is None or found.modified is None:
+        return math.inf
+    return max(0.0, time.time() - found.modified)
 
 
 def _over(log: RunLog) -> RunLog:
     """The log, which does not say that its run goes on."""
     return replace(log, outcome="unfinished") if log.outcome == "running" else log
+
+
+def _with_parts(log: RunLog, folder: Location) -> RunLog:
+    """The log, with the sums of the parts where these hold more rows: some may have come since it was written."""
+    parts = _parts(folder)
+    if not log.rows < sum(part.rows for part in parts) <= log.plan.rows:
+        return log
+    counted = replace(
+        log,
+        rows=0,
+        failures=0,
+        prompt_tokens=0,
+        response_tokens=0,
+        causes={},
+        prompt_lengths={},
+        response_lengths={},
+    )
+    for part in parts:
+        counted.count_part(part)
+    return counted
+
+
+def _parts(folder: Location) -> list[PartInfo]:
+    """What the parts in a folder say of themselves; those that can't be read are a warning."""
+    from flyte_batch.data import storage
+    from flyte_batch.data.parts import read_part_info
+
+    names = [entry for entry in storage.entries(folder) if entry.is_file and entry.name.endswith(".parquet")]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
+        infos = list(threads.map(lambda entry: read_part_info(entry.location), names))
+    broken = [entry.name for entry, info in zip(names, infos, strict=True) if info is None]
+    if broken:
+        logger.warning(
+            "%s of %s in %s can't be read, and are not counted; the first is %s: it is cut off, or no part of a run",
+            count(len(broken)), plural(len(names), "part"), folder, broken[0],
+        )  # fmt: skip
+    return [info for info in infos if info is not None]
 
 
 def log_of_parts(folder: Location) -> RunLog:
@@ -127,18 +183,10 @@ def log_of_parts(folder: Location) -> RunLog:
         BadInput: the folder is no output, or may not be read.
         OSError: the storage can't be read for now.
     """
-    from flyte_batch.data import storage
     from flyte_batch.data.manifest import read_manifest, read_run
-    from flyte_batch.data.parts import read_part_info
 
     run, manifest = read_run(folder), read_manifest(folder)
-    if manifest is not None:
-        parts = list(manifest.parts)
-    else:
-        names = [entry for entry in storage.entries(folder) if entry.is_file and entry.name.endswith(".parquet")]
-        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
-            infos = threads.map(lambda entry: read_part_info(entry.location), names)
-            parts = [info for info in infos if info is not None]
+    parts = list(manifest.parts) if manifest is not None else _parts(folder)
     record = run or manifest
     if record is None and not parts:
         raise BadInput(

@@ -7,6 +7,7 @@ One file: no network, no script, no font of its own. What is said by a chart is 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Repo
         plan=_plan(log),
         settings=Table("Parameters", ("Parameter", "Value"), list(flat(log.settings)), frozenset({1})),
         versions=_versions(log),
-        earlier=_earlier(logs[:-1]),
+        earlier=_earlier(logs),
     )
 
 
@@ -710,17 +711,24 @@ def _versions(log: RunLog) -> Table | None:
     return Table("Versions, in the driver", ("Package", "Version"), rows, frozenset({1})) if rows else None
 
 
+def _left_by(log: RunLog, later: RunLog) -> int:
+    """Rows that a run did; where it was broken off, those that the next run found, of which its log may not know."""
+    found = later.plan.rows_reused - log.plan.rows_reused if log.outcome == "unfinished" else 0
+    return max(log.rows_done, found)
+
+
 def _earlier(logs: Sequence[RunLog]) -> Table | None:
+    """Of all but the last."""
     rows: list[list[str | Markup]] = [
         [
             moment(log.started),
             status(log),
             seconds(log.seconds),
-            count(log.rows_done),
+            count(_left_by(log, later)),
             percent(log.utilization) if log.engines else "–",
             cut(log.error, 300) or "–",
         ]
-        for log in logs
+        for log, later in itertools.pairwise(logs)
         if knows_times(log)
     ]
     headings = ("Began", "Outcome", "Took", "Rows done", "Utilisation", "Error")

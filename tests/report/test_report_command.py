@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -23,7 +24,7 @@ from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
 from flyte_batch.singletons import close_all
 from tests.helpers import ENVIRONMENT, FLYTE, ROOT, write_jsonl
-from tests.report.logs import make_log
+from tests.report.logs import STARTED, make_log, make_plan
 from tests.report.parsing import Element, parse
 
 ROWS = 300
@@ -110,7 +111,7 @@ async def test_the_page_made_again_is_the_page_that_the_run_left(tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert (output / PAGE_FILE).read_text() == left
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("Done: 297 of 300 rows answered in ")
+    assert lines[0].startswith("297 of 300 rows answered in ")
     assert lines[1] == "rows 300 (of 300); failures 3 (1.0% of the rows done)"
     assert lines[-1] == f"report: {output / PAGE_FILE}"
 
@@ -135,6 +136,44 @@ async def test_a_failed_run_leaves_a_report_that_says_why(tmp_path: Path) -> Non
     assert told["outcome"] == "failed"
     assert told["error"].startswith("TooManyFailures: ")
     assert page(output).all("pre")[0].text == told["error"]
+    lines = report(output).stdout.splitlines()
+    assert lines[0].startswith("Failed after ")
+    assert lines[1] == told["error"]
+
+
+def test_an_error_is_one_line_of_text_for_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log(outcome="failed", error="E: \x1b[2Ja\nb")]))
+    assert report(tmp_path).stdout.splitlines()[1] == "E:  [2Ja b"
+
+
+async def test_of_a_run_that_was_killed_the_parts_count_too(tmp_path: Path) -> None:
+    output = await run(tmp_path)
+    (output / MANIFEST_FILE).unlink()
+    plan = make_plan(rows=ROWS, chunks=6, chunk_rows=50)
+    log = make_log(replicas=0, outcome="running", plan=plan)
+    (output / LOG_FILE).write_bytes(logs_to_json([log]))
+    parts = sorted(output.glob("part-*.parquet"))
+    parts[0].unlink()
+    told = figures(output)
+    assert (told["outcome"], told["rows"], told["failures"]) == ("running", 250, 2)
+    assert told["causes"] == {"BadRecord": 2}
+    first = report(output).stdout.splitlines()[0]
+    assert first.startswith("250 of 300 rows done (83%)")
+    assert re.search(r"Last heard of [\d.]+ m?s ago\.$", first)
+    (output / LOG_FILE).write_bytes(logs_to_json([make_log(outcome="failed", error="E")]))  # knows of 8,000 rows
+    assert figures(output)["rows"] == 8_000
+
+
+async def test_a_part_that_can_not_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = await run(tmp_path)
+    for name in (LOG_FILE, MANIFEST_FILE):
+        (output / name).unlink()
+    assert figures(output)["rows"] == ROWS
+    assert "can't be read" not in caplog.text
+    broken = sorted(output.glob("part-*.parquet"))[0]
+    broken.write_bytes(b"")
+    assert figures(output)["rows"] == ROWS - 50
+    assert f"1 of 6 parts in {output} can't be read, and are not counted; the first is {broken.name}" in caplog.text
 
 
 async def test_report_and_terminal_advise_the_same_on_small_chunks(
@@ -155,7 +194,7 @@ async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> No
     (output / LOG_FILE).unlink()
     result = report(output)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("Done: 297 of 300 rows in the parts have a response; 3 rows failed.")
+    assert result.stdout.startswith("297 of 300 rows in the parts have a response; 3 rows failed.")
     assert page(output).table("Failed rows by cause")[1:] == [["BadRecord", "3", "1.0%"]]
     (output / MANIFEST_FILE).unlink()
     sorted(output.glob("part-*.parquet"))[0].unlink()
@@ -198,10 +237,11 @@ async def test_a_broken_log_is_told_and_the_parts_are_used(
 
 
 def test_a_run_that_is_silent_for_long_is_not_said_to_be_running(tmp_path: Path) -> None:
+    log = make_log(outcome="running", started=STARTED, ended=STARTED + 50)  # by a clock that is far off
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([log]))
     for silent_s, outcome in ((1.0, "running"), (SILENT_S + 60, "unfinished")):
-        ended = time.time() - silent_s
-        log = make_log(outcome="running", started=ended - 50, ended=ended)
-        (tmp_path / LOG_FILE).write_bytes(logs_to_json([log]))
+        written = time.time() - silent_s
+        os.utime(tmp_path / LOG_FILE, (written, written))
         assert figures(tmp_path)["outcome"] == outcome
     assert page(tmp_path).all("h1")[0].text.startswith("No word any more after 50 s, with 8,000 of 8,000 rows done")
 

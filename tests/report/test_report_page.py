@@ -252,6 +252,12 @@ def test_many_replicas_show_the_ends_and_list_the_rest() -> None:
     assert sum(each.text.startswith("replica-") for each in few.all("h3")) == MANY_REPLICAS
 
 
+def test_an_earlier_run_that_was_broken_off_did_what_the_next_one_found() -> None:
+    killed = make_log(replicas=0, outcome="unfinished", plan=make_plan(rows_reused=100))
+    rows = page(killed, make_log(plan=make_plan(rows_reused=868))).table("Earlier runs over this output")
+    assert rows[1][1:4] == ["Broken off", "1 min 45 s", "768"]
+
+
 def test_earlier_runs_are_listed() -> None:
     earlier = make_log(outcome="cancelled", error="CancelledError")
     rows = page(earlier, make_log()).table("Earlier runs over this output")
