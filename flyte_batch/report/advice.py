@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flyte_batch.histograms import percentile
 from flyte_batch.planning.chunks import BATCHES_IN_FLIGHT, MAX_CHUNKS, plan_chunk_rows
 from flyte_batch.report.formats import count, number, percent, plural, seconds
-from flyte_batch.report.run_log import RunLog, TimeShares
+from flyte_batch.report.run_log import EngineLog, RunLog, TimeShares
 
 SHORTEST_S = 5.0
 """Seconds of engines below which nothing is said of their time."""
@@ -116,7 +116,7 @@ def _failures(log: RunLog) -> Advice | None:
     return Advice(
         f"{percent(log.failures / log.rows)} of the rows failed",
         f"{count(rows)} of {plural(log.failures, 'failure')} are of the class {cause}.",
-        f"{remedy}; then run the same command again with retry_failures.",
+        f"{remedy}; then run the same command again with --retry_failures (in Python: retry_failures=True).",
     )
 
 
@@ -131,7 +131,7 @@ def _few_at_once(log: RunLog, shares: TimeShares) -> Advice | None:
     if idle <= STARVED * shares.total or not 0 < at_once < min(plan.batch_rows, to_do):
         return None
     wanted = min(2 * plan.batch_rows, to_do)
-    fill = mean_fill(log)
+    fill = mean_fill(log.engines.values())
     filled = f"; batches left {percent(fill)} full on average" if fill is not None else ""
     return Advice(
         f"Too few rows at once: devices waited {percent(idle / shares.total)} of the time",
@@ -198,7 +198,7 @@ def _assembling(log: RunLog, shares: TimeShares) -> Advice | None:
     share = shares.assembling / shares.total
     if share <= ASSEMBLING:
         return None
-    fill = mean_fill(log)
+    fill = mean_fill(log.engines.values())
     filled = f"; batches left {percent(fill)} full on average" if fill is not None else ""
     return Advice(
         f"Waiting for batches to fill {percent(share)} of the time",
@@ -290,15 +290,15 @@ def _tail(log: RunLog, shares: TimeShares) -> Advice | None:
     return None
 
 
-def mean_fill(log: RunLog) -> float | None:
-    """How full the batches of all engines were, as far as they were sampled; None without any."""
-    pairs = [(engine.samples[0], engine.samples[-1]) for engine in log.engines.values() if engine.samples]
+def mean_fill(engines: Iterable[EngineLog]) -> float | None:
+    """How full the batches of engines were, as far as they were sampled; None without any."""
+    pairs = [(engine.samples[0], engine.samples[-1]) for engine in engines if engine.samples]
     batches = sum(last.batches - first.batches for first, last in pairs)
     return sum(last.fill - first.fill for first, last in pairs) / batches if batches > 0 else None
 
 
 def _fill(log: RunLog, shares: TimeShares) -> Advice | None:
-    fill, working = mean_fill(log), shares.busy / shares.total
+    fill, working = mean_fill(log.engines.values()), shares.busy / shares.total
     if fill is None or fill >= LOW_FILL or working <= BUSY:
         return None
     plan = log.plan
@@ -347,13 +347,12 @@ def _rate(log: RunLog, shares: TimeShares) -> Advice | None:
 
 def _latency(log: RunLog, shares: TimeShares) -> Advice | None:
     del shares
-    middle, slow = percentile(log.latencies, 0.5), percentile(log.latencies, 0.99)
-    if middle is None or slow is None or slow <= SLOW_S or slow <= SLOW_TIMES * middle:
+    median, slow = percentile(log.latencies, 0.5), percentile(log.latencies, 0.99)
+    if median is None or slow is None or slow <= SLOW_S or slow <= SLOW_TIMES * median:
         return None
     return Advice(
-        f"One record in a hundred took more than {number(slow / middle)} times as long as the middle one",
-        f"Half of the records had their result within {seconds(middle)}, 99% within {seconds(slow)}: the slow ones "
-        "keep their chunks open.",
+        f"One record in a hundred took more than {number(slow / median)} times the median",
+        f"The median is {seconds(median)}, p99 {seconds(slow)}: the slow ones keep their chunks open.",
         "Look at the longest responses: a lower max_tokens, or a stop text, ends those that repeat themselves.",
     )
 

@@ -111,7 +111,7 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
     if knows_times(log) and log.seconds > 0 and log.rows_done:
         tokens = tokens_done(log)
         found += [
-            Figure("Rows a second", number(log.rows_done / log.seconds), "of this run, loading included"),
+            Figure("Rows a second", number(log.rows_done / log.seconds), "committed by this run, loading included"),
             Figure("Tokens a second", number(tokens / log.seconds), "prompts and responses"),
         ]
     tokens_note = f"{count(log.prompt_tokens)} of prompts, {count(log.response_tokens)} of responses"

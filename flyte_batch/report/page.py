@@ -32,7 +32,7 @@ MANY_REPLICAS = 8
 """With more, only the least and the most utilised are drawn."""
 OF_MANY = 3
 STRAGGLER = 3.0
-"""Times the middle chunk's duration."""
+"""Times the median of the chunks' durations."""
 MOST_ROWS = 200
 """Of a table; a run's chunks and stalls can be thousands."""
 MOST_BARS = 40
@@ -203,7 +203,7 @@ def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Repo
         before_first=_before_first(log),
         advice=advice,
         no_advice="" if advice else _no_advice(log),
-        overview=_overview_charts(overview, tokens, at),
+        overview=_overview_charts(overview, tokens, at, shares),
         overview_table=_slices_table("All replicas over time", overview, at, tokens),
         slice_s=at[1] - at[0] if at else 0.0,
         replicas=[
@@ -321,26 +321,32 @@ def _steps(
     at: Sequence[float],
     say: Callable[[float], str],
     top: float | None = None,
+    mean: str = "",
 ) -> Chart:
+    """A line over the slices; ``mean`` is said of it where the mean of the slices would not be that of the run."""
     known = [value for value in values if value is not None]
     end = top if top is not None else charts.nice_top(known)
-    told = (
-        f"From {say(min(known))} to {say(max(known))}, {say(statistics.fmean(known))} on average."
-        if known
-        else "Nothing was measured."
-    )
+    mean = mean or (say(statistics.fmean(known)) if known else "")
+    told = f"From {say(min(known))} to {say(max(known))}, mean {mean}." if known else "Nothing was measured."
     drawing = charts.steps(values, end, ident=ident, title=f"{name}, {whose}", description=told)
-    note = f"mean {say(statistics.fmean(known))}" if known else "none"
+    note = f"mean {mean}" if known else "none"
     return Chart(name, note, drawing, say(end), _time_marks(at))
 
 
-def _overview_charts(slices: Sequence[Slice], tokens: Sequence[float], at: Sequence[float]) -> list[Chart]:
+def _mean_utilization(shares: TimeShares) -> str:
+    return f"{percent(shares.utilization)}, loading and tail included"
+
+
+def _overview_charts(
+    slices: Sequence[Slice], tokens: Sequence[float], at: Sequence[float], shares: TimeShares
+) -> list[Chart]:
     if not slices or not any(each.replicas for each in slices):
         return []
     whose = "all replicas"
+    mean = _mean_utilization(shares)
     return [
-        _steps("fb-all-u", "Utilisation", whose, [each.utilization for each in slices], at, percent, 1.0),
-        _steps("fb-all-r", "Rows/s", whose, [each.rows_per_s for each in slices], at, number),
+        _steps("fb-all-u", "Utilisation", whose, [each.utilization for each in slices], at, percent, 1.0, mean),
+        _steps("fb-all-r", "Rows/s answered", whose, [each.rows_per_s for each in slices], at, number),
         _steps("fb-all-t", "Tokens/s", whose, tokens, at, number),
         _steps("fb-all-n", "Replicas at work", whose, [each.replicas for each in slices], at, number),
     ]
@@ -352,15 +358,25 @@ def _replica(
     slices = timeline(engines, at)
     ident = f"fb-r{index}"
     lives = plural(len(engines), "engine")
+    mean, fill = _mean_utilization(shares), mean_fill(engines)
     rows = plural(sum(engine.rows for engine in engines), "row")
     return Replica(
         name=process,
         note=f"{rows}, busy {percent(shares.utilization)} of {seconds(shares.total)}, {lives}",
         charts=[
-            _steps(f"{ident}-u", "Utilisation", process, [each.utilization for each in slices], at, percent, 1.0),
-            _steps(f"{ident}-t", "Rows/s", process, [each.rows_per_s for each in slices], at, number),
+            _steps(f"{ident}-u", "Utilisation", process, [each.utilization for each in slices], at, percent, 1.0, mean),
+            _steps(f"{ident}-t", "Rows/s answered", process, [each.rows_per_s for each in slices], at, number),
             _steps(f"{ident}-q", "Queue, records", process, [each.queued for each in slices], at, number),
-            _steps(f"{ident}-f", "Batch fill", process, [each.fill for each in slices], at, percent, 1.0),
+            _steps(
+                f"{ident}-f",
+                "Batch fill",
+                process,
+                [each.fill for each in slices],
+                at,
+                percent,
+                1.0,
+                "" if fill is None else percent(fill),
+            ),
         ],
         table=_slices_table(f"Replica {process} over time", slices, at, None),
     )
@@ -382,7 +398,7 @@ def _slices_table(caption: str, slices: Sequence[Slice], at: Sequence[float], to
         for index, each in enumerate(slices)
     ]
     more = ("Tokens/s", "Replicas") if tokens is not None else ()
-    return Table(caption, ("From", "Utilisation", "Rows/s", *more, "Queue", "Batch fill"), rows)
+    return Table(caption, ("From", "Utilisation", "Rows/s answered", *more, "Queue", "Batch fill"), rows)
 
 
 def _replicas_table(
@@ -480,8 +496,8 @@ def _lengths(log: RunLog) -> list[tuple[Chart, Table]]:
         table = _histogram_table(title, buckets, "tokens", count)
         if table is None:
             continue
-        middle, long = percentile(histogram, 0.5), percentile(histogram, 0.99)
-        note = f"half ≤ {count(middle or 0)}, 99% ≤ {count(long or 0)} tokens"
+        median, long = percentile(histogram, 0.5), percentile(histogram, 0.99)
+        note = f"p50 ≤ {count(median or 0)}, p99 ≤ {count(long or 0)} tokens"
         found.append((_histogram_chart(ident, title, "tokens", buckets, count, note), table))
     return found
 
@@ -531,29 +547,29 @@ def _durations(log: RunLog) -> list[tuple[ChunkEntry, float, float]]:
     ]
 
 
-def _straggles(duration: float, middle: float) -> bool:
-    return duration > STRAGGLER * middle and duration > middle + 1
+def _straggles(duration: float, median: float) -> bool:
+    return duration > STRAGGLER * median and duration > median + 1
 
 
 def _chunk_chart(log: RunLog) -> Chart | None:
     durations = _durations(log)
     if not durations:
         return None
-    middle = statistics.median(duration for _, _, duration in durations)
+    median = statistics.median(duration for _, _, duration in durations)
     top = charts.nice_top([duration for _, _, duration in durations])
     drawing = charts.dots(
         [
-            (start, duration, "straggler" if _straggles(duration, middle) else "usual")
+            (start, duration, "straggler" if _straggles(duration, median) else "usual")
             for _, start, duration in durations
         ],
         log.seconds,
         top,
         ident="fb-chunks",
         title="How long chunks took, by when they began",
-        description=f"{plural(len(durations), 'chunk')}; the middle one took {seconds(middle)}, the slowest "
+        description=f"{plural(len(durations), 'chunk')}; the median was {seconds(median)}, the slowest "
         f"{seconds(max(duration for _, _, duration in durations))}.",
     )
-    note = f"middle {seconds(middle)}; a square took more than {STRAGGLER:g} times that"
+    note = f"median {seconds(median)}; a square took more than {STRAGGLER:g} times that"
     return Chart("Duration, by start", note, drawing, seconds(top), _time_marks((0, log.seconds)))
 
 
@@ -561,12 +577,12 @@ def _chunks_note(log: RunLog) -> str:
     durations = _durations(log)
     if not durations:
         return ""
-    middle = statistics.median(duration for _, _, duration in durations)
-    stragglers = sum(_straggles(duration, middle) for _, _, duration in durations)
+    median = statistics.median(duration for _, _, duration in durations)
+    stragglers = sum(_straggles(duration, median) for _, _, duration in durations)
     late = (
-        f"{plural(stragglers, 'chunk')} took more than {STRAGGLER:g} times as long as the middle one"
+        f"{plural(stragglers, 'chunk')} took more than {STRAGGLER:g} times the median"
         if stragglers
-        else f"none took more than {STRAGGLER:g} times as long as the middle one"
+        else f"none took more than {STRAGGLER:g} times the median"
     )
     return (
         f"{plural(len(durations), 'chunk')} done in this run, {late}. A replica's first chunks hold the model's load; "
@@ -578,7 +594,7 @@ def _chunk_tables(log: RunLog) -> tuple[Table | None, Table | None]:
     durations = sorted(_durations(log), key=lambda each: -each[2])
     slowest = None
     if durations:
-        middle = statistics.median(duration for _, _, duration in durations)
+        median = statistics.median(duration for _, _, duration in durations)
         rows = [
             [
                 count(chunk.index),
@@ -586,12 +602,12 @@ def _chunk_tables(log: RunLog) -> tuple[Table | None, Table | None]:
                 count(chunk.failures),
                 seconds(start),
                 seconds(duration),
-                f"{number(duration / middle)} ×" if middle > 0 else "–",
+                f"{number(duration / median)} ×" if median > 0 else "–",
                 log.engines[chunk.batcher].process if chunk.batcher in log.engines else "–",
             ]
             for chunk, start, duration in durations
         ]
-        headings = ("Chunk", "Rows", "Failures", "Began after", "Took", "Of the middle one", "Replica")
+        headings = ("Chunk", "Rows", "Failures", "Began after", "Took", "Times the median", "Replica")
         slowest = _table("Chunks, the slowest first", headings, rows, {6})
     broken = [[count(chunk.index), count(chunk.rows), chunk.error] for chunk in log.chunks if chunk.error]
     failed = _table("Chunks that failed", ("Chunk", "Rows", "Error"), broken, frozenset({2})) if broken else None
@@ -668,7 +684,7 @@ def _plan(log: RunLog) -> Table:
     to_do = plan.rows - plan.rows_reused
     done = [chunk for chunk in log.chunks if not chunk.error]
     largest = max((chunk.rows for chunk in done), default=None)
-    fill, unknown = mean_fill(log), "–"
+    fill, unknown = mean_fill(log.engines.values()), "–"
     expected = to_do / (plan.rows_per_s * plan.replicas)
     rows = [
         ["Rows of the output", count(plan.rows), f"{count(log.rows)} done"],

@@ -162,7 +162,7 @@ def test_failures_of_one_cause_come_first_and_say_what_to_do() -> None:
     first, second = advise(log)
     assert first.title == "4.0% of the rows failed"
     assert "300 of 320 failures are of the class BadRecord" in first.evidence
-    assert "retry_failures" in first.action
+    assert "again with --retry_failures" in first.action
     assert second.title.startswith("Starved")
     assert titles(with_failures(make_log(), BadRecord=80)) == []  # 1% of 8,000
     assert len(titles(with_failures(make_log(), BadRecord=81))) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -76,6 +77,20 @@ def test_a_resumed_run_tells_what_it_did_and_what_was_there() -> None:
     assert figures["Cost"][1].endswith("; 0.42 per million tokens")
 
 
+def test_utilisation_and_batch_fill_are_the_same_wherever_they_are_said() -> None:
+    log = make_log(busy=60, loading=20, starved=10, assembling=5, late=0, tail=5, fill=0.4)
+    sample = log.engines["batcher-0"].samples[-1]  # one more batch, a full one, in the last slice
+    log.engines["batcher-0"].samples.append(
+        dataclasses.replace(sample, at=sample.at + 1, batches=sample.batches + 1, fill=sample.fill + 1)
+    )
+    root = page(log)
+    utilisation = log.time_shares().utilization
+    assert root.figures()["Utilisation"][0] == f"{utilisation:.0%}"
+    notes = [each.text for each in root.all("figcaption")]
+    assert any(f"mean {utilisation:.0%}, loading and tail included" in note for note in notes)
+    assert any("Batch fill" in note and "mean 41%" in note for note in notes)  # (50 x 0.4 + 1) / 51
+
+
 def test_where_the_time_went_adds_up_to_all_of_it() -> None:
     log = make_log(busy=60, loading=10, starved=12, assembling=6, late=4, tail=8)
     rows = page(log).table("Where the time went")[1:]
@@ -133,7 +148,7 @@ def test_every_chunk_is_in_the_table_the_slowest_first_and_failed_ones_have_thei
     assert rows[0][:2] == ["90", "100"]
     assert rows[0][3:] == ["10 s", "1 min 40 s", "5.21 ×", "replica-0"]
     assert root.table("Chunks that failed")[1:] == [["91", "100", "EngineDead"]]
-    assert "1 chunk took more than 3 times as long as the middle one" in root.text
+    assert "1 chunk took more than 3 times the median" in root.text
 
 
 def test_what_was_planned_stands_beside_what_happened() -> None:
