@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 
 _NOT_THEIRS = ("flyte", "flyte_batch", "flyteplugins")
 """Packages whose own code is not looked into."""
@@ -36,6 +37,23 @@ def keywords(function: Callable[..., object] | None) -> list[Keyword]:
     return [each for user in _reachable(function) for each in _keywords_of(user)]
 
 
+def names_ours(function: Callable[..., object] | None, names: Set[str]) -> bool:
+    """Whether a function, or one that it names, names one of these of flyte_batch: ``fb.run``, or ``run`` imported."""
+    return any(_ours(user) & names for user in _reachable(function))
+
+
+def _ours(function: FunctionType) -> set[str]:
+    used = _names(function.__code__)
+    found = {name: function.__globals__.get(name) for name in used}
+    ours = {
+        getattr(value, "__name__", "")
+        for value in found.values()
+        if isinstance(value, FunctionType | type) and value.__module__.split(".")[0] == "flyte_batch"
+    }
+    has_module = any(isinstance(value, ModuleType) and value.__name__ == "flyte_batch" for value in found.values())
+    return ours | used if has_module or "flyte_batch" in used else ours
+
+
 def _reachable(function: object) -> Iterator[FunctionType]:
     seen: set[int] = set()
     todo = [function]
@@ -46,7 +64,18 @@ def _reachable(function: object) -> Iterator[FunctionType]:
             continue
         seen.add(id(each))
         yield each
-        todo += [each.__globals__.get(name) for name in sorted(_names(each.__code__))]
+        todo += _named(each)
+
+
+def _named(function: FunctionType) -> list[object]:
+    """What a function names: globals, and what it takes of the user's own modules among them."""
+    names = sorted(_names(function.__code__))
+    values = [function.__globals__[name] for name in names if name in function.__globals__]
+    for module in filter(inspect.ismodule, values[:]):
+        top, place = module.__name__.split(".")[0], getattr(module, "__file__", None) or ""
+        if top not in (*_NOT_THEIRS, *sys.stdlib_module_names) and "site-packages" not in place:
+            values += [vars(module)[name] for name in names if name in vars(module)]
+    return values
 
 
 def _names(code: CodeType) -> set[str]:

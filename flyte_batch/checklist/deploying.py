@@ -13,7 +13,13 @@ _WHERE = {"file", "path", "dir"}
 _PINNED = re.compile(r"==\s*[\w.!+-]+$|===|@\s*\S+|^\s*(git\+|https?://|/|\.)|\.whl\b")
 
 
-def check_images(workflow: Workflow) -> Iterator[Finding]:
+def check_deployment(workflow: Workflow) -> Iterator[Finding]:
+    yield from _images(workflow)
+    yield from _secrets(workflow)
+    yield from _schedules(workflow)
+
+
+def _images(workflow: Workflow) -> Iterator[Finding]:
     for each in workflow.environments:
         if each.tasks:
             yield _pins(each.name, each.image)
@@ -48,7 +54,7 @@ def _tag(address: str) -> tuple[str, str]:
     return f"{folder}{slash}{last}", tag
 
 
-def check_secrets(workflow: Workflow) -> Iterator[Finding]:
+def _secrets(workflow: Workflow) -> Iterator[Finding]:
     """Values are never shown."""
     check = "deployment.secrets"
     places: dict[str, Mapping[str, object]] = {}
@@ -77,7 +83,7 @@ def _is_secret(name: str, value: object) -> bool:
     return is_secret_name(name) or is_secret_text(value)
 
 
-def check_schedule(workflow: Workflow) -> Iterator[Finding]:
+def _schedules(workflow: Workflow) -> Iterator[Finding]:
     check = "deployment.schedule"
     scheduled = [(task, each) for task in workflow.entries for each in task.triggers if each.schedule]
     if not scheduled:

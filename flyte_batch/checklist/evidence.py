@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from flyte_batch.checklist.findings import Finding
-from flyte_batch.checklist.workflow import Workflow
+from flyte_batch.checklist.workflow import Environment, Workflow
 from flyte_batch.errors import BadInput
 from flyte_batch.load.report import LoadReport, conclusions
 from flyte_batch.report.formats import seconds
@@ -64,7 +64,7 @@ def check_load_test(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]
         yield Finding("load_test.level", "", "ok", said[0])
     yield _age(test)
     yield _model(workflow, test, evidence.model)
-    yield _hardware(workflow, test)
+    yield from _hardware(workflow, test)
 
 
 def _age(test: LoadReport) -> Finding:
@@ -88,19 +88,36 @@ def _model(workflow: Workflow, test: LoadReport, told: str | None) -> Finding:
     return Finding(check, "", "ok", tested)
 
 
-def _hardware(workflow: Workflow, test: LoadReport) -> Finding:
+def _hardware(workflow: Workflow, test: LoadReport) -> Iterator[Finding]:
     check, remedy = "load_test.hardware", "test on a replica: workflows/load.py"
-    gpus = sorted({str(each.resources["gpu"]) for each in workflow.replicas if "gpu" in each.resources})
-    tested = ", ".join(test.hardware.gpus)
-    evidence = f"tested on {test.hardware}; " + (f"replicas have {', '.join(gpus)}" if gpus else "no replica has a GPU")
-    kinds = [gpu.partition(":")[0] for gpu in gpus]
-    if any(_is_of(kind, tested) for kind in kinds if not kind.isdecimal()):
-        return Finding(check, "", "ok", evidence)
-    if tested and any(kind.isdecimal() for kind in kinds):  # a number of GPUs of any kind
-        return Finding(check, "", "could not tell", evidence)
-    if tested or (gpus and test.test.choice.engine == "vllm"):
-        return Finding(check, "", "missing", evidence, remedy)
-    return Finding(check, "", "ok", evidence)
+    if not workflow.replicas:
+        yield Finding(check, "", "could not tell", f"tested on {test.hardware}; no environment has replicas")
+    shown = {each.name: _is_like(each, test.hardware.gpus) for each in workflow.replicas}
+    for each in workflow.replicas:
+        evidence = f"tested on {test.hardware}; a replica has {_gpu(each)}"
+        if shown[each.name]:
+            yield Finding(check, each.name, "ok", evidence)
+        elif shown[each.name] is None or True in shown.values():
+            yield Finding(check, each.name, "could not tell", f"{evidence}, of which that says nothing")
+        else:
+            yield Finding(check, each.name, "missing", f"{evidence}, of which that says nothing", remedy)
+
+
+def _gpu(replica: Environment) -> str:
+    gpu = replica.resources.get("gpu")
+    if gpu is None:
+        return "no GPU"
+    return f"{gpu} of any kind" if str(gpu).isdecimal() else str(gpu)
+
+
+def _is_like(replica: Environment, gpus: Sequence[str]) -> bool | None:
+    """Whether what was measured on these GPUs holds for a replica; None where it has a number of GPUs of any kind."""
+    if "gpu" not in replica.resources:
+        return not gpus
+    kind = str(replica.resources["gpu"]).partition(":")[0]
+    if kind.isdecimal():
+        return None if gpus else False
+    return _is_of(kind, ", ".join(gpus))
 
 
 def _is_of(kind: str, gpus: str) -> bool:
@@ -125,20 +142,33 @@ def check_cost(workflow: Workflow, evidence: Evidence) -> Iterator[Finding]:
         yield Finding(check, "", "missing", evidence_said, remedy)
         return
     hours = rows / rate / 3600
-    source = "measured" if run and not evidence.rows_per_s else "told"
+    measured_on = _gpus(run) if run and not evidence.rows_per_s else None
+    source = "told" if measured_on is None else f"measured on {', '.join(measured_on) or 'no GPU that was seen'}"
+    unlike = [each for each in workflow.replicas if measured_on is not None and not _is_like(each, measured_on)]
+    holds = not workflow.replicas or len(unlike) < len(workflow.replicas)
     yield Finding(
-        check, "", "ok",
+        check, "", "ok" if holds else "could not tell",
         f"{rows:,} rows at {rate:,.4g} rows/s a replica ({source}) are {seconds(3600 * hours)} of replicas: "
         f"{hours * price:,.2f} at {price:,.4g} an hour, {1e6 * price / 3600 / rate:,.2f} a million rows",
     )  # fmt: skip
+    check = "cost_projection.time"
     for each in workflow.replicas:
         assert each.pool is not None  # noqa: S101 - what makes it one of `replicas`
+        if each in unlike:
+            said = f"{source}; a replica has {_gpu(each)}: tell its speed (--rows_per_s N), or show a run of its own"
+            yield Finding(check, each.name, "could not tell", said)
+            continue
         whole, idle = seconds(3600 * hours / each.pool.most), each.pool.idle_ttl_s / 3600 * price
         yield Finding(
-            "cost_projection.time", each.name, "ok",
+            check, each.name, "ok",
             f"{whole} with all {each.pool.most}; standing idle after a run costs at most "
             f"{idle * each.pool.most:,.2f} more",
         )  # fmt: skip
+
+
+def _gpus(run: RunLog) -> list[str]:
+    """Names of the GPUs that the run's replicas saw."""
+    return sorted({use.name for use in run.gpus})
 
 
 def _measured(run: RunLog) -> float | None:

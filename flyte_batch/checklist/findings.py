@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,10 +47,15 @@ def accept(findings: Iterable[Finding], reasons: Mapping[str, str]) -> list[Find
         BadInput: a reason for what no check looks at.
     """
     found = list(findings)
-    known = {each.check for each in found} | {f"{each.check}:{each.subject}" for each in found}
+    checks = sorted({each.check for each in found})
     for name in reasons:
-        if name not in known:
-            raise BadInput(f"--accept {name}: there is no such check here; there are {', '.join(sorted(known))}")
+        check = name.partition(":")[0]
+        of_it = sorted(f"{each.check}:{each.subject}" for each in found if each.check == check and each.subject)
+        if name not in (*checks, *of_it):
+            known = of_it or checks
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise BadInput(f"--accept {name}: there is no such check here. {hint}These are:\n  " + "\n  ".join(known))
     return [_accepted(each, reasons) if each.status == "missing" else each for each in found]
 
 

@@ -127,6 +127,11 @@ def check_errors(workflow: Workflow) -> Iterator[Finding]:
         )
     for task in workflow.entries:
         yield _failure_rate(task)
+    yield from check_notifications(workflow)
+
+
+def check_notifications(workflow: Workflow) -> Iterator[Finding]:
+    for task in workflow.entries:
         if not task.triggers:
             evidence = "no trigger starts it: whoever does so sees how it ends"
             yield Finding("error_tracking.notifications", task.name, "not applicable", evidence)

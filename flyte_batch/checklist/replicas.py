@@ -69,10 +69,14 @@ def check_limits(workflow: Workflow) -> Iterator[Finding]:
         yield _retries(task)
         yield _timeout(task)
         yield _queue(task)
+    yield from check_resources(workflow)
+    yield from _own_driver(workflow)
+
+
+def check_resources(workflow: Workflow) -> Iterator[Finding]:
     for environment in workflow.environments:
         if environment.tasks:
             yield _resources(environment)
-    yield from _own_driver(workflow)
 
 
 def _retries(task: Task) -> Finding:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from flyte_batch.checklist.code import names_ours
 from flyte_batch.replica import environments_called
 
 
@@ -98,6 +99,12 @@ class Task:
 
 REQUIRED = object()
 
+_ANSWERING = {
+    *("run", "infer", "Pipeline"),
+    *("ContinuousBatcher", "DynamicBatcher", "EngineBatcher", "TokenBatcher"),
+}
+"""Names of flyte_batch, without one of which no record is answered."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -146,6 +153,11 @@ class Workflow:
         """Tasks that call tasks of replicas."""
         pools = {each.name for each in self.replicas}
         return [task for task in self.tasks if task.calls & pools]
+
+    @property
+    def answers_rows(self) -> bool:
+        """Whether a task, or a function that one names, answers records by flyte_batch."""
+        return any(names_ours(task.function, _ANSWERING) for task in self.tasks)
 
     @property
     def entries(self) -> list[Task]:

@@ -59,6 +59,16 @@ def test_nightly_is_looked_through_to_the_replicas_that_answer() -> None:
     assert triggers == {"nightly.main, trigger every-night"}
 
 
+@pytest.mark.parametrize("workflow", ["load", "prefetch"])
+def test_workflows_that_answer_no_rows_lack_nothing(workflow: str) -> None:
+    run = batch_check(f"workflows/{workflow}.py", "--json")
+    assert run.returncode == 0
+    found = checks(run)
+    assert {each["status"] for each in found} == {"ok", "not applicable"}
+    areas = [each["check"].partition(".")[0] for each in found]
+    assert areas == sorted(areas, key=areas.index)
+
+
 def test_the_list_is_readable_and_without_colours_where_it_is_piped() -> None:
     run = batch_check("workflows/generate.py", COLUMNS="80", NO_COLOR="")
     assert run.returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,10 @@ def test_a_driver_in_a_replica_is_missing_an_environment_of_its_own(tmp_path: Pa
 
 
 def test_without_reused_containers_autoscaling_is_missing(tmp_path: Path) -> None:
-    source = 'import flyte\nenv = flyte.TaskEnvironment("plain")\n@env.task\nasync def main() -> int:\n    return 1\n'
+    source = (
+        'import flyte, flyte_batch as fb\nenv = flyte.TaskEnvironment("plain")\n'
+        "@env.task\nasync def main() -> None:\n    await fb.run('in', 'out', None)\n"
+    )
     found = findings(check(tmp_path, "--json", source=source))
     assert found["autoscaling.replicas", ""]["status"] == "missing"
     assert found["limits.driver", ""]["status"] == "could not tell"
@@ -285,6 +289,48 @@ def test_without_reused_containers_autoscaling_is_missing(tmp_path: Path) -> Non
     assert found["deployment.images", "plain"]["evidence"].startswith("image 'auto'")
     assert found["deployment.schedule", ""]["status"] == "not applicable"
     assert found["error_tracking.notifications", "plain.main"]["status"] == "not applicable"
+
+
+ONLY_COPIES = """import flyte
+{imports}
+env = flyte.TaskEnvironment("plain", image="me/image:1", reusable=flyte.ReusePolicy(2))
+@env.task
+async def main() -> None:
+    {body}
+"""
+
+
+def test_of_a_file_that_answers_no_rows_only_the_rest_is_looked_at(tmp_path: Path) -> None:
+    source = ONLY_COPIES.format(imports="import flyte_batch as fb", body="await fb.prefetch('model', 'folder')")
+    found = findings(check(tmp_path, "--json", source=source))
+    missing = {key for key, each in found.items() if each["status"] == "missing"}
+    assert missing == {("limits.resources", "plain")}
+    for name in ("autoscaling.replicas", "error_tracking.max_failure_rate", "load_test.level", "cost_projection.bill"):
+        assert found[name, ""]["status"] == "not applicable"
+        assert found[name, ""]["evidence"] == "no task answers rows (fb.run, fb.infer, a batcher)"
+    assert found["deployment.images", "plain"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("imports", "body"),
+    [
+        ("import flyte_batch as fb", "await fb.run('in', 'out', None)"),
+        ("from flyte_batch import run as answer", "await answer('in', 'out', None)"),
+        ("", "import flyte_batch as fb; await fb.infer(None, None)"),
+        ("import its_steps", "await its_steps.all_of_them()"),
+        ("from its_steps import all_of_them", "await all_of_them()"),
+    ],
+)
+def test_rows_are_answered_wherever_the_code_for_it_is(
+    imports: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "its_steps.py").write_text(
+        "import flyte_batch as fb\nasync def all_of_them():\n    fb.EngineBatcher(None)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "its_steps", raising=False)
+    found = findings(check(tmp_path, "--json", source=ONLY_COPIES.format(imports=imports, body=body)))
+    assert found["autoscaling.replicas", "plain"]["status"] == "missing"
 
 
 def test_secrets_are_named_and_never_shown(tmp_path: Path) -> None:
@@ -365,7 +411,7 @@ def test_a_gpu_tells_nothing_without_the_package_that_asks_it(tmp_path: Path) ->
         ('"A100:1"', "vllm", ["1 x NVIDIA A100-SXM4-80GB"], "ok"),
         ('"L4:1"', "vllm", ["L4:1"], "ok"),
         ('"L4:1"', "vllm", [], "missing"),
-        ('"L4:1"', "ctranslate2", [], "ok"),
+        ('"L4:1"', "ctranslate2", [], "missing"),
         ("1", "vllm", ["1 x NVIDIA L4"], "could not tell"),
         ('"L40s:1"', "vllm", ["1 x NVIDIA L40S"], "ok"),
         ('"A100_80G:1"', "vllm", ["1 x NVIDIA A100-SXM4-80GB"], "ok"),
@@ -380,7 +426,30 @@ def test_a_load_test_counts_on_the_replicas_gpu(
     report = without(load_report, hardware__gpus=tested, test__choice__engine=engine)
     source = changed("cpu=2,", f"cpu=2, gpu={gpu},")
     found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=source))
-    assert found["load_test.hardware", ""]["status"] == status
+    assert found["load_test.hardware", "pool"]["status"] == status
+
+
+TWO_POOLS = changed(
+    "driver = fb.driver",
+    """gpu_replicas = fb.replica_environment(
+    "gpu-pool", image=image, cpu=2, memory="4Gi", gpu="A10G:1", replicas=(1, 4), concurrency=4
+)
+driver = fb.driver""",
+)
+
+
+@pytest.mark.parametrize(
+    ("tested", "shown", "other"),
+    [([], "pool", "gpu-pool"), (["1 x NVIDIA A10G"], "gpu-pool", "pool")],
+)
+def test_a_load_test_is_of_the_replicas_that_are_like_it(
+    tested: list[str], shown: str, other: str, load_report: dict[str, Any], tmp_path: Path
+) -> None:
+    report = without(load_report, hardware__gpus=tested)
+    found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=TWO_POOLS))
+    assert found["load_test.hardware", shown]["status"] == "ok"
+    assert found["load_test.hardware", other]["status"] == "could not tell"
+    assert found["load_test.hardware", other]["evidence"].endswith("of which that says nothing")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +509,7 @@ def without(report: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"started_at": "2020-01-01T00:00:00+00:00"}, "load_test.age", "missing", "of 2020-01-01"),
         ({"test__choice__model": "other/model"}, "load_test.model", "missing", "other/model was tested, demo is"),
         ({"test__choice__engine": "fake"}, "load_test.model", "missing", "only echoes"),
-        ({"hardware__gpus": ["L4:1"]}, "load_test.hardware", "missing", "no replica has a GPU"),
+        ({"hardware__gpus": ["L4:1"]}, "load_test.hardware", "missing", "a replica has no GPU"),
         (
             {"limit__highest_kept_per_s": None, "limit__lowest_broken_per_s": 20.0},
             "load_test.level", "missing", "is not kept",
@@ -454,8 +523,9 @@ def test_a_load_test_that_shows_too_little(
     load_test = write_report(tmp_path, without(load_report, **changes))
     found = findings(check(tmp_path, "--load_test", load_test, *COST, "--json"))
     noticed = {key: each for key, each in found.items() if each["status"] != "ok"}
-    assert set(noticed) == {(name, "")}
-    assert (noticed[name, ""]["status"], evidence in noticed[name, ""]["evidence"]) == (status, True), noticed
+    subject = "pool" if name == "load_test.hardware" else ""
+    assert set(noticed) == {(name, subject)}
+    assert (noticed[name, subject]["status"], evidence in noticed[name, subject]["evidence"]) == (status, True), noticed
 
 
 def test_the_model_that_runs_can_be_told(load_test: str, tmp_path: Path) -> None:
@@ -518,10 +588,10 @@ def test_a_gpu_may_be_a_device_object(load_report: dict[str, Any], tmp_path: Pat
     source = (
         'import flyte\nenv = flyte.TaskEnvironment("pool", image="me/image:1", reusable=flyte.ReusePolicy((1, 2)), '
         'resources=flyte.Resources(cpu=1, memory="1Gi", gpu=flyte.GPU("A100", 2)))\n'
-        "@env.task\nasync def main() -> int:\n    return 1\n"
+        "@env.task\nasync def main() -> None:\n    from flyte_batch import infer\n"
     )
     found = findings(check(tmp_path, "--load_test", write_report(tmp_path, report), "--json", source=source))
-    assert found["load_test.hardware", ""]["status"] == "ok"
+    assert found["load_test.hardware", "pool"]["status"] == "ok"
     assert found["limits.resources", "pool"]["evidence"] == "cpu 1, memory 1Gi, gpu A100:2"
 
 
@@ -530,10 +600,26 @@ def test_costs_follow_from_an_earlier_run(tmp_path: Path, earlier_run: str) -> N
     assert found["status"] == "ok"
     log = json.loads((Path(earlier_run) / "_report.json").read_text())["runs"][-1]
     seconds = log["ended"] - min(engine["started"] for engine in log["engines"])
-    assert f"400 rows at {400 / seconds:,.4g} rows/s a replica (measured)" in found["evidence"]
+    assert f"400 rows at {400 / seconds:,.4g} rows/s a replica (measured on no GPU that was seen)" in found["evidence"]
     assert f" at 7.2 an hour, {1e6 * 7.2 / 3600 / (400 / seconds):,.2f} a million rows" in found["evidence"]
     more = findings(check(tmp_path, "--run", earlier_run, "--rows", "4000000", "--json"))["cost_projection.bill", ""]
     assert more["evidence"].startswith("4,000,000 rows")
+
+
+def test_the_speed_of_a_run_says_nothing_of_other_replicas(tmp_path: Path, earlier_run: str) -> None:
+    found = findings(check(tmp_path, "--run", earlier_run, "--json", source=TWO_POOLS))
+    assert found["cost_projection.time", "pool"]["status"] == "ok"
+    said = found["cost_projection.time", "gpu-pool"]
+    assert (said["status"], said["evidence"].partition(":")[0]) == (
+        "could not tell",
+        "measured on no GPU that was seen; a replica has A10G",
+    )
+    assert found["cost_projection.bill", ""]["status"] == "ok"
+    on_gpus = changed("cpu=2,", 'cpu=2, gpu="A10G:1",')
+    unlike = findings(check(tmp_path, "--run", earlier_run, "--json", source=on_gpus))
+    assert unlike["cost_projection.bill", ""]["status"] == "could not tell"
+    told = findings(check(tmp_path, "--run", earlier_run, "--rows_per_s", "5", "--json", source=TWO_POOLS))
+    assert told["cost_projection.time", "gpu-pool"]["status"] == "ok"
 
 
 # -- The command ----------------------------------------------------------
@@ -576,7 +662,15 @@ def test_a_reason_accepts_what_is_missing(tmp_path: Path, load_test: str) -> Non
     ("options", "words"),
     [
         (("--accept", "autoscaling.replicas"), "gives no reason"),
-        (("--accept", "autoscaling.speed=fast"), "there is no such check here; there are autoscaling.concurrency"),
+        (
+            ("--accept", "foo=fast"),
+            "there is no such check here. These are:\n  autoscaling.concurrency\n",
+        ),
+        (
+            ("--accept", "autoscaling.replica=few"),
+            "no such check here. Did you mean autoscaling.replicas? These are:\n",
+        ),
+        (("--accept", "autoscaling.replicas:pol=few"), "Did you mean autoscaling.replicas:pool? These are:\n  autosc"),
         (("--rows", "0"), "--rows must be a positive number, got 0"),
         (("--load_test", "nowhere.json"), "no report of a load test at nowhere.json"),
         (("--run", "nowhere"), "nowhere is not there: give the --output of a run"),
