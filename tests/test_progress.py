@@ -23,6 +23,7 @@ def _no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_log(rows: int = 1000, reused: int = 0, slots: int = 2) -> RunLog:
     log = RunLog("out", "source", {}, Plan(rows, rows // 100, 100, reused, reused // 100, 1, slots, 256, 100.0))
     log.rows = reused
+    log.started = Clock.START
     return log
 
 
@@ -38,8 +39,10 @@ def add(log: RunLog, at: float, rows: int = 100, process: str = "host-1", batche
 
 
 class Clock:
+    START = 1000.0
+
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = self.START
 
     def __call__(self) -> float:
         return self.now

@@ -77,7 +77,7 @@ class RunView:
         self._out = out
         self._clock = clock
         todo, slots = log.plan.rows - log.plan.rows_reused, log.plan.replicas * log.plan.concurrency
-        self._pace = Pace(todo, slots, clock())
+        self._pace = Pace(todo, slots, log.started)
         self._figures = Figures.of(log)
         self._figures_due = 0.0
         self._is_stale = False

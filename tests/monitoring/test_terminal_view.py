@@ -36,7 +36,7 @@ from flyte_batch.monitoring.details import ChunkDetails, Sample
 from flyte_batch.progress import RunView
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 clock = [1000.0]
-log = RunLog("out", "source", {}, Plan(1000, 10, 100, 0, 0, 2, 1, 256, 100.0))
+log = RunLog("out", "source", {}, Plan(1000, 10, 100, 0, 0, 2, 1, 256, 100.0), started=clock[0])
 
 def chunk(process, causes):
     clock[0] += 10
