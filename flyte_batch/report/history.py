@@ -116,7 +116,11 @@ def logs_of(folder: Location) -> list[RunLog]:
         return [log_of_parts(folder)]
     if silent_s(folder) > SILENT_S:
         last = _over(last)
-    return [*map(_over, earlier), last if last.outcome == "done" else _with_parts(last, folder)]
+    if last.outcome == "done":
+        _check_parts(folder)
+    else:
+        last = _with_parts(last, folder)
+    return [*map(_over, earlier), last]
 
 
 def silent_s(folder: Location) -> float:
@@ -159,6 +163,28 @@ def _with_parts(log: RunLog, folder: Location) -> RunLog:
     return counted
 
 
+def _check_parts(folder: Location) -> None:
+    """Warn of parts that are missing from a finished output, or of another size than its manifest says."""
+    from flyte_batch.data import storage
+    from flyte_batch.data.manifest import read_manifest
+
+    try:
+        manifest = read_manifest(folder)
+    except BadInput as error:
+        logger.warning("%s", error)
+        return
+    if manifest is None:
+        return
+    sizes = {entry.name: entry.size for entry in storage.entries(folder)}
+    broken = [part.name for part in manifest.parts if sizes.get(part.name) != part.bytes]
+    if broken:
+        logger.warning(
+            "%s of %s in %s can't be read though the report counts them; the first is %s: it is missing, or not of the "
+            "size that the manifest says. The run's command makes them again",
+            count(len(broken)), plural(len(manifest.parts), "part"), folder, broken[0],
+        )  # fmt: skip
+
+
 def _parts(folder: Location) -> list[PartInfo]:
     """What the parts in a folder say of themselves; those that can't be read are a warning."""
     from flyte_batch.data import storage
@@ -186,7 +212,11 @@ def log_of_parts(folder: Location) -> RunLog:
     from flyte_batch.data.manifest import read_manifest, read_run
 
     run, manifest = read_run(folder), read_manifest(folder)
-    parts = list(manifest.parts) if manifest is not None else _parts(folder)
+    if manifest is not None:
+        _check_parts(folder)
+        parts = list(manifest.parts)
+    else:
+        parts = _parts(folder)
     record = run or manifest
     if record is None and not parts:
         raise BadInput(

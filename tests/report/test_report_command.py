@@ -236,6 +236,27 @@ async def test_a_broken_log_is_told_and_the_parts_are_used(
     assert (output / LOG_FILE).read_bytes() == content
 
 
+@pytest.mark.parametrize("with_log", [True, False])
+async def test_a_part_of_a_finished_output_that_is_cut_off_or_gone_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, with_log: bool
+) -> None:
+    output = await run(tmp_path)
+    if not with_log:
+        (output / LOG_FILE).unlink()
+    assert report(output).exit_code == 0
+    assert "can't be read" not in caplog.text
+    cut, gone = sorted(output.glob("part-*.parquet"))[2:4]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    assert report(output).exit_code == 0
+    assert f"2 of 6 parts in {output} can't be read" in caplog.text
+    assert f"the first is {cut.name}" in caplog.text
+    await run(tmp_path)
+    caplog.clear()
+    assert report(output).exit_code == 0
+    assert "can't be read" not in caplog.text
+
+
 def test_a_run_that_is_silent_for_long_is_not_said_to_be_running(tmp_path: Path) -> None:
     log = make_log(outcome="running", started=STARTED, ended=STARTED + 50)  # by a clock that is far off
     (tmp_path / LOG_FILE).write_bytes(logs_to_json([log]))
