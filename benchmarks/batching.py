@@ -15,19 +15,17 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from typing import Any
 
 import flyte.extras
 
 import flyte_batch.batching as ours
+from flyte_batch.load.report import conditions
 
 LIBRARIES: dict[str, Any] = {"flyte.extras": flyte.extras, "flyte_batch": ours}
 
@@ -219,9 +217,8 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 async def main(count: int, repeats: int) -> None:
-    names = ", ".join(f"{name} {version(name)}" for name in ("flyte", "flyte-batch"))
-    print(f"Python {platform.python_version()}, {names}, {platform.machine()}, {os.cpu_count()} CPUs,")
-    print(f"load {os.getloadavg()[0]:.1f}; {count:,} records ({10 * count:,} for map), median of {repeats}\n")
+    print(conditions())
+    print(f"{count:,} records ({10 * count:,} for map), median of {repeats}\n")
     print(table(await overhead(count, repeats)), "\n")
     print(table(await behaviour()))
 

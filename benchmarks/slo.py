@@ -21,8 +21,7 @@ from flyte_batch.engines import CTranslate2Engine
 from flyte_batch.load import LoadResult
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
-from flyte_batch.load.report import LoadReport, conclusions, hardware
-from flyte_batch.versions import versions
+from flyte_batch.load.report import LoadReport, conclusions, conditions
 
 SIZES = (8, 16, 32, 64, 128)
 DATASET = "as for a dataset"
@@ -54,7 +53,7 @@ def row(name: str, report: LoadReport) -> str:
 
 
 async def main(seconds: float, rounds: int) -> None:
-    print(f"{hardware()}; {', '.join(f'{name} {number}' for name, number in versions().items())}")
+    print(conditions())
     print("| batches of at most | kept, requests/s | broken at | p50 ms | p99 ms | arrivals late, p99 ms | broke |")
     print("|---|---|---|---|---|---|---|")
     common = {"seconds": seconds, "warm_up_s": 5.0, "start_per_s": 64.0}

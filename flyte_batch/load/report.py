@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import platform
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from flyte_batch.load.limits import Limit
 from flyte_batch.load.plan import LoadTest
 from flyte_batch.monitoring.gpu import GpuSampler
 from flyte_batch.replica import this_replica
+from flyte_batch.versions import versions
 
 TABLE_HEADER = "".join(f"{name:>8}" for name in ("rate/s", "p50 ms", "p99 ms", "errors", "avail."))
 
@@ -221,6 +225,16 @@ def hardware() -> Hardware:
     replica = this_replica()
     declared = (str(replica.gpu),) if replica is not None and replica.gpu is not None else ()
     return Hardware(next(named, "") or platform.machine(), available_cores(), _gpus() or declared)
+
+
+def conditions(*packages: str) -> str:
+    """What figures are true of, in a line: hardware, load average now, and versions, those of ``packages`` too."""
+    found = versions()
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    named = ", ".join(f"{name} {number}" for name, number in found.items())
+    return f"{hardware()}; load average {os.getloadavg()[0]:.1f}; {named}"
 
 
 def _gpus() -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from flyte_batch.load.report import (
     TABLE_HEADER,
     LoadReport,
     conclusions,
+    conditions,
     hardware,
     prepare_output,
     read_report,
@@ -31,6 +32,7 @@ from flyte_batch.load.report import (
     write_report,
 )
 from flyte_batch.replica import VARIABLE, ReplicaSettings
+from flyte_batch.versions import versions
 from tests.helpers import write_jsonl
 
 
@@ -205,6 +207,14 @@ def test_the_hardware_names_the_gpus_that_are_there_or_were_asked_for(monkeypatc
     assert hardware().gpus == ("A10G:1",)
     monkeypatch.setattr("flyte_batch.load.report.GpuSampler", TwoGpus)
     assert str(hardware()).endswith(", 2 x NVIDIA L4")
+
+
+def test_the_conditions_of_figures_are_one_line() -> None:
+    said = conditions("pytest", "no-package-of-that-name")
+    named = ", ".join(f"{name} {number}" for name, number in versions().items())
+    assert re.fullmatch(rf"{re.escape(str(hardware()))}; load average [\d.]+; (.+), pytest {pytest.__version__}", said)
+    assert f"; {named}, pytest" in said
+    assert "no-package" not in said
 
 
 def test_a_report_survives_being_written_and_read(searched: LoadReport, tmp_path: Path) -> None:
