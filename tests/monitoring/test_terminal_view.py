@@ -307,7 +307,7 @@ def test_where_a_live_view_makes_no_sense_there_are_lines(start: Start, environm
     assert run.end() == 0
     lines = run.text.split()
     assert lines[:2] == ["ready", "False"]
-    assert "100/1,000 rows (10%), 10 rows/s, starting, 0 failed, 100 tokens/s, device busy 63%\nafter" in run.text
+    assert "100/1,000 rows (10%), 10 rows/s, time left not known yet, 0 failed, 100 tokens/s, device busy 63%\nafter" in run.text
     assert b"\x1b" not in run.bytes
 
 
@@ -318,7 +318,7 @@ def test_a_second_run_of_the_process_prints_lines_above_the_view(start: Start) -
     run.wait_for("by the second")
     run.wait_for(" 100/1,000 rows (10%)")
     assert run.end() == 0
-    assert "\n100/1,000 rows (10%), 10 rows/s, starting" in run.text
+    assert "\n100/1,000 rows (10%), 10 rows/s, time left not known yet" in run.text
     assert sum(line.startswith("rows ") for line in run.text.splitlines()) == 1
 
 
