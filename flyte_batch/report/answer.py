@@ -59,16 +59,17 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
     if not knows_times(log):
         rest = "" if log.outcome == "done" else ", and the output is not finished"
         return f"{count(answered)} of {plural(log.rows, 'row')} in the parts have a response{failed}{rest}."
+    earlier = f", {count(log.plan.rows_reused)} of them by earlier runs" if log.plan.rows_reused else ""
     if log.outcome == "running":
         left = seconds_left(log)
         later = f"about {seconds(left)} left" if left is not None else "too early to say how long it will take"
         share = percent(log.rows / of_rows) if of_rows else "0%"
-        so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {seconds(log.seconds)}"
+        so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {seconds(log.seconds)}{earlier}"
         return f"{so_far}{failed}; {later}."
     if log.outcome != "done":
         word = "No word any more" if log.outcome == "unfinished" else status(log)
         kept = (
-            f"with {count(log.rows)} of {plural(of_rows, 'row')} done, which are kept"
+            f"with {count(log.rows)} of {plural(of_rows, 'row')} done{earlier}, which are kept"
             if log.rows
             else "with no row done"
         )

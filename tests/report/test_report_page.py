@@ -204,6 +204,16 @@ def test_a_running_run_shows_how_far_it_is_and_as_of_when() -> None:
     assert "too early to say how long it will take" in heading(early)
 
 
+def test_rows_of_earlier_runs_are_told_apart_in_a_run_that_is_not_done() -> None:
+    log = make_log(plan=make_plan(rows=16_000, rows_reused=2_000), outcome="running")
+    log.count(2_000, 0, 1_000, 500, {}, {24: 2_000}, {12: 2_000})
+    done = "10,000 of 16,000 rows done"
+    assert heading(page(log)).startswith(f"{done} (62%) after 1 min 45 s, 2,000 of them by earlier runs; none failed")
+    log.outcome = "cancelled"
+    kept = f"Cancelled after 1 min 45 s, with {done}, 2,000 of them by earlier runs, which are kept."
+    assert heading(page(log)) == kept
+
+
 def test_a_failed_run_shows_its_error_before_its_figures() -> None:
     root = page(make_log(outcome="failed", error="ChunkFailed: 3 of 80 chunks failed"))
     assert heading(root) == "Failed after 1 min 45 s, with 8,000 of 8,000 rows done, which are kept."
