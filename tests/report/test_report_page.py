@@ -214,6 +214,14 @@ def test_rows_of_earlier_runs_are_told_apart_in_a_run_that_is_not_done() -> None
     assert heading(page(log)) == kept
 
 
+def test_a_run_that_was_broken_off_is_not_said_to_have_ended() -> None:
+    header = page(make_log(outcome="unfinished")).all("header")[0].text
+    assert "Broken off" in header
+    assert "last heard of 2026-" in header
+    assert "ended" not in header
+    assert "ended 2026-" in page(make_log()).all("header")[0].text
+
+
 def test_a_failed_run_shows_its_error_before_its_figures() -> None:
     root = page(make_log(outcome="failed", error="ChunkFailed: 3 of 80 chunks failed"))
     assert heading(root) == "Failed after 1 min 45 s, with 8,000 of 8,000 rows done, which are kept."
