@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from opentelemetry.sdk.metrics import MeterProvider
@@ -36,7 +37,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 import flyte_batch as fb
 from flyte_batch.load.report import conditions
 from flyte_batch.monitoring import events, hooks
-from flyte_batch.monitoring.json_logs import JsonLogs
+from flyte_batch.monitoring.json_logs import JsonLogs, Level
 from flyte_batch.monitoring.otel import OtelHook
 from flyte_batch.monitoring.prometheus import PrometheusHook
 from flyte_batch.monitoring.recorder import recorder
@@ -54,9 +55,9 @@ class NowhereExporter(SpanExporter):
 
 
 @contextmanager
-def logs() -> Iterator[None]:
+def logs(level: Level = "info") -> Iterator[None]:
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        unsubscribe = hooks.subscribe(JsonLogs(nowhere))
+        unsubscribe = hooks.subscribe(JsonLogs(nowhere, level=level))
         yield
         unsubscribe()
 
@@ -95,6 +96,7 @@ BACKENDS: dict[str, list[Any]] = {
     "none": [],
     "report": ["recorder"],
     "report, logs": ["recorder", logs],
+    "report, logs:debug": ["recorder", partial(logs, "debug")],
     "report, prometheus": ["recorder", prometheus],
     "report, otel": ["recorder", otel],
     "all": ["recorder", logs, prometheus, otel],

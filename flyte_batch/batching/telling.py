@@ -10,6 +10,7 @@ import contextvars
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flyte_batch.batching.lanes import CallersLane
@@ -34,6 +35,31 @@ class _Tally:
     def share(self, scope: Scope, now: float) -> Share:
         latencies = tuple((now - arrival, records) for arrival, records in self.arrivals.items())
         return Share(scope, self.records, self.failed, self.cost, latencies)
+
+
+@dataclass(slots=True)
+class CameBack:
+    """A batch that came back, to be told of when nobody waits for that.
+
+    Attributes:
+        batch: as the device had it.
+        outcomes: one a record; None if it is split and tried again.
+        failures: those of them that are errors.
+        started_at: Unix time when the device got it.
+        fill: share of the budget or of the most records.
+        out_of_memory: whether it did not fit.
+        now: when it came back, on the event loop's clock.
+        at: the same as Unix time.
+    """
+
+    batch: Batch[Any, Any]
+    outcomes: Sequence[object] | None
+    failures: int
+    started_at: float
+    fill: float
+    out_of_memory: bool
+    now: float
+    at: float = field(default_factory=time.time)
 
 
 class Teller:
@@ -75,7 +101,7 @@ class Teller:
         self._queued = queued
 
     def settled(self, batch: Batch[Any, Any], outcomes: Sequence[object], failures: int) -> None:
-        """Records of a batch got their outcome, ``failures`` of them an error; `done` or `landed` comes next."""
+        """Records of a batch got their outcome, ``failures`` of them an error; `landed` comes next."""
         start = 0
         for lane, tickets in batch.parts:
             assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
@@ -99,9 +125,13 @@ class Teller:
                         failed = type(outcome).__name__, str(outcome)
                         hooks.emit(events.RecordFailed(time.time(), scope, "infer", *failed, self._batcher))
 
-    def done(self, batch: Batch[Any, Any], started_at: float, fill: float, out_of_memory: bool, now: float) -> None:
-        """A batch came back; what was `settled` of it is told with it. If nothing was, it is to be tried again."""
-        self._tell_done(len(batch), started_at, batch.cost, fill, out_of_memory, now)
+    def came_back(self, told: CameBack) -> None:
+        """A batch came back."""
+        batch = told.batch
+        if told.outcomes is not None:
+            self.settled(batch, told.outcomes, told.failures)
+        done = told.started_at, batch.cost, told.fill, told.out_of_memory, told.now
+        self._tell_done(len(batch), *done, at=told.at)
 
     def landed(self, started_at: float, cost: float, fill: float) -> None:
         """A record came back by itself; told with the others of this step of the loop."""
@@ -126,11 +156,18 @@ class Teller:
         self._tell_done(len(landed), started_at, cost, fill, False, now())
 
     def _tell_done(
-        self, records: int, started_at: float, cost: float, fill: float, out_of_memory: bool, now: float
+        self,
+        records: int,
+        started_at: float,
+        cost: float,
+        fill: float,
+        out_of_memory: bool,
+        now: float,
+        at: float | None = None,
     ) -> None:
         tallies, self._tallies = self._tallies, {}
         shares = tuple(tally.share(scope, now) for scope, tally in tallies.items())
         failed = sum(share.failed for share in shares) if shares else records
         self._done += 1
         told = started_at, records, failed, cost, fill, out_of_memory, shares
-        hooks.emit(events.BatchDone(time.time(), self._batcher, self._done, *told))
+        hooks.emit(events.BatchDone(at or time.time(), self._batcher, self._done, *told))

@@ -139,6 +139,27 @@ async def test_a_batch_that_is_split_is_told_of_without_outcomes_and_its_records
     assert sum(heard.by_scope().values()) == 8
 
 
+async def test_no_batch_waits_until_the_one_before_was_told_of() -> None:
+    started: list[int] = []
+    seen: list[tuple[int, int]] = []  # batch, batches that were started when it was told of
+
+    class Late:
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, BatchDone):
+                seen.append((event.batch, len(started)))
+
+    def process(batch: list[int]) -> list[int]:
+        started.append(len(batch))
+        time.sleep(0.02)
+        return batch
+
+    unsubscribe = hooks.subscribe(Late())
+    async with fb.DynamicBatcher(process, max_batch_size=4, batch_timeout_s=0.001) as batcher:
+        await asyncio.gather(*await batcher.submit_batch(range(20)))
+    unsubscribe()
+    assert seen == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     calls=st.lists(st.lists(st.sampled_from(["ok", "bad", "poison"]), min_size=1, max_size=12), min_size=1, max_size=5),
