@@ -67,6 +67,7 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self.pid, self._file = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background may have it ignored
             self._resize_file(0, columns, lines)
             os.chdir(folder)
             os.execve(command[0], command, ENVIRONMENT | environment)  # noqa: S606
