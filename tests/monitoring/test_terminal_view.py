@@ -351,11 +351,12 @@ def test_a_forked_process_writes_to_the_terminal_itself(start: Start, tmp_path: 
     assert run.end() == 0
 
 
-def test_ctrl_c_gives_the_cursor_back_and_says_how_far_it_came(start: Start) -> None:
-    run = start()
-    run.do("chunk('host-1', {})")
+def test_ctrl_c_gives_the_cursor_back_and_says_how_far_it_came(start: Start, tmp_path: Path) -> None:
+    run, resting = start(), tmp_path / "resting"
+    run.do("chunk('host-1', {})", f"open({str(resting)!r}, 'w').close(); __import__('time').sleep(60)")
     run.wait_for("100/1,000 rows")
     assert run.screen.cursor.hidden
+    run.read_until(resting.exists, "that the program draws nothing itself")
     run.type(b"\x03")
     assert run.end() != 0
     assert not run.screen.cursor.hidden
