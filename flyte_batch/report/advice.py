@@ -186,7 +186,8 @@ def _starved(log: RunLog, shares: TimeShares) -> Advice | None:
 
 def _slots(concurrency: int, used: float) -> int:
     """Chunks at once that would keep a device busy which ``concurrency`` of them kept busy for a share of ``used``."""
-    return min(MOST_CONCURRENCY, math.ceil(SLACK * concurrency / used)) if used > 0 else MOST_CONCURRENCY
+    most = MOST_CONCURRENCY
+    return math.ceil(SLACK * concurrency / used) if used * most > SLACK * concurrency else most
 
 
 def _fewest_chunk_rows(log: RunLog) -> int:

@@ -74,6 +74,7 @@ def test_interrupted_it_ends_at_once_in_a_word() -> None:
         [FLYTE, "batch", "load", "--engine", "fake", *SHORT],
         cwd=ROOT, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background has it ignored
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flyte_batch.report.advice import Advice, advise, measured_rows_per_s
+from flyte_batch.report.advice import MOST_CONCURRENCY, Advice, _slots, advise, measured_rows_per_s
 from flyte_batch.report.run_log import RunLog
 from tests.report.logs import make_log, make_plan, with_failures, with_stalls
 
@@ -236,3 +236,8 @@ def test_no_advice_is_to_keep_a_value_nor_below_sense(
             assert new > old if "concurrency" in advice.action else new < old
         for fewer, seen in _INSTEAD.findall(advice.action):
             assert 1 <= int(fewer) < int(seen) == replicas
+
+
+def test_a_device_that_was_busy_for_next_to_nothing_gets_the_most_slots() -> None:
+    assert [_slots(1, used) for used in (0.0, 2.2250738585e-313)] == [MOST_CONCURRENCY] * 2
+    assert [_slots(1, used) for used in (0.5, 1.0)] == [3, 2]
