@@ -7,10 +7,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from flyte_batch import singletons
 
 os.environ["DO_NOT_TRACK"] = "1"  # flyte reads it at import
+
+# The same examples in every run of CI; other ones wherever people run the tests.
+settings.register_profile("same_examples", derandomize=True, database=None)
+if os.environ.get("FLYTE_BATCH_SAME_EXAMPLES") == "1":
+    settings.load_profile("same_examples")
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
