@@ -6,6 +6,7 @@ costs nothing until then. The rest is counted event by event.
 
 from __future__ import annotations
 
+import abc
 import logging
 import platform
 import threading
@@ -391,11 +392,12 @@ def _cumulative(metric: Metric, histogram: _Histogram) -> list[tuple[str, float]
     return buckets
 
 
-class _Closing:
+class _Closing(abc.ABC):
     """Something that `close` ends, also at the end of ``with``."""
 
+    @abc.abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """End it."""
 
     def __enter__(self) -> Self:
         return self
