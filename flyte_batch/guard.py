@@ -8,14 +8,14 @@ go on. So the guard looks from within: it asks the loop for a sign of life four 
   a new container takes the place, and Flyte's retries do the lost calls again.
 - In a replica whose bridge is gone (it was terminated, and is not the container's first process): the same, at once.
   Nothing that it computes can be reported any more, and it would keep the GPU.
-- However a replica ends, by itself or killed, a `Reaper` kills what it started.
+- However a replica ends, by itself or killed, a `Reaper` kills what it started: what a load started before the loaded
+  value is used for the first time, anything else a quarter of a second after its start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import sys
 import sysconfig
@@ -32,7 +32,6 @@ from flyte_batch.replica import ReplicaSettings, this_replica
 
 WARN_AFTER_S = 1.0
 LOOK_EVERY_S = 0.25
-TELL_EVERY_S = 1.0
 EXIT_CODE = 70
 """sysexits.h: an internal software error."""
 
@@ -77,10 +76,16 @@ class Guard:
         self._alive = threading.Event()
         self._named: set[str] = set()
         self._reaper = Reaper()
-        self._told_reaper = -math.inf
+        self._telling = threading.Lock()
         self._ending = False
         self.thread = threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True)
         self.thread.start()
+
+    def note_processes(self) -> None:
+        """In a replica, have all processes that it has started so far killed at its end, however it comes."""
+        if self._replica is not None:
+            with self._telling:
+                self._reaper.tell(below(os.getpid()))
 
     def end_replica_soon(self, why: str, grace_s: float = 2.0) -> None:
         """End this process if it is a replica, once its calls had time to say how they failed.
@@ -145,9 +150,7 @@ class Guard:
         """End the replica if nothing can come of it any more, and see to it that its end is that of its processes."""
         if self._replica is None:
             return
-        if time.monotonic() - self._told_reaper > TELL_EVERY_S:
-            self._told_reaper = time.monotonic()
-            self._reaper.tell(below(os.getpid()))
+        self.note_processes()
         if os.getppid() != self._parent:
             _end("the process that started this replica is gone, and nobody hears of its calls any more")
         if stands_s > self._replica.stall_limit_s:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-_REAPER = "import sys; sys.path.insert(0, sys.argv[1]); from flyte_batch.processes import reap; reap()"
+_REAPER = "import sys; sys.path.insert(0, sys.argv[1]); from flyte_batch.processes import reap; reap(int(sys.argv[2]))"
 _LOOK_EVERY_S = 0.5
 
 _reapers: set[int] = set()
@@ -85,7 +85,7 @@ class Reaper:
         if self._process is None:
             # In a session of its own: what a terminal or a supervisor sends to the group must not end it.
             self._process = subprocess.Popen(  # noqa: S603 - this very module
-                [sys.executable, "-c", _REAPER, str(Path(__file__).parent.parent)],
+                [sys.executable, "-c", _REAPER, str(Path(__file__).parent.parent), str(os.getpid())],
                 stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             _reapers.add(self._process.pid)
@@ -105,15 +105,23 @@ class Reaper:
             self._told = {}
 
 
-def reap() -> None:
-    """What the reaper's process does: read lists of processes, wait for the parent's end, kill the last list."""
-    parent, read, ended = os.getppid(), b"", False
-    while not ended and os.getppid() == parent:
-        ready, _, _ = select.select([0], [], [], _LOOK_EVERY_S)
+def reap(parent: int) -> None:
+    """What the reaper's process does: read lists of processes, wait for the parent's end, kill the last list.
+
+    Args:
+        parent: id of the process that started it, which may be gone by now.
+    """
+    read, orphaned = b"", False
+    while True:  # until nothing is left to read: children of the parent may hold the pipe open, too
+        ready, _, _ = select.select([0], [], [], 0 if orphaned else _LOOK_EVERY_S)
+        if orphaned and not ready:
+            break
         if ready:
             more = os.read(0, 1 << 16)
-            ended = not more
+            if not more:
+                break
             read = (read + more)[-(1 << 20) :]
+        orphaned = os.getppid() != parent
     complete = read.rpartition(b"\n")[0].rpartition(b"\n")[2]
     known = {int(pid): start for pid, start in json.loads(complete or b"{}").items()}
     table = process_table()

@@ -214,7 +214,7 @@ class _Values(Generic[T]):
     async def _load_and_enter(
         self, closing: tuple[asyncio.Task[None], ...], ends: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> T:
-        watch()
+        guard = watch()
         if closing:
             await asyncio.wait(closing)
         attach_backends()
@@ -229,6 +229,7 @@ class _Values(Generic[T]):
                 except BaseException:
                     await asyncio.wait([self.close(value)])
                     raise
+            guard.note_processes()
         except BaseException as raised:
             error = type(raised).__name__
             raise

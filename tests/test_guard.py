@@ -154,6 +154,22 @@ def start() -> Iterator[Callable[..., Process]]:
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 
 
+LOADED = """
+    import signal
+    from flyte_batch.singletons import singleton
+    await asyncio.sleep(0.2)  # a look at nothing but the first child
+    guard.LOOK_EVERY_S = 600
+    await asyncio.sleep(0.2)
+
+    @singleton
+    async def engine():
+        return subprocess.Popen(["sleep", "600"], start_new_session=True)
+
+    print((await engine()).pid, flush=True)
+    await asyncio.Event().wait()
+""".strip()
+
+
 @needs_proc
 async def test_a_replica_that_is_killed_leaves_nothing_that_it_started(start: Callable[..., Process]) -> None:
     told = "while child.pid not in watching._reaper._told: await asyncio.sleep(0.01)\n    print('told', flush=True)"
@@ -162,6 +178,18 @@ async def test_a_replica_that_is_killed_leaves_nothing_that_it_started(start: Ca
     assert replica.process.stdout.readline() == "told\n"
     os.kill(replica.pid, signal.SIGKILL)
     await until(lambda: not replica.left)
+
+
+@needs_proc
+async def test_what_a_singleton_started_is_known_before_its_first_use(start: Callable[..., Process]) -> None:
+    replica = start(LOADED, 600)
+    loaded = int(replica.line())
+    try:
+        os.kill(replica.pid, signal.SIGKILL)
+        await until(lambda: loaded not in process_table())
+    finally:
+        if loaded in process_table():
+            os.kill(loaded, signal.SIGKILL)
 
 
 @needs_proc

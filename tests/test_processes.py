@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,20 @@ def test_what_the_reaper_was_last_told_ends_with_its_owner_and_nothing_else(owne
 def test_an_owner_that_just_ends_is_no_different(owner: Owner) -> None:
     owner.tell("end")
     until(lambda: not {owner.kept, owner.reaper} & set(process_table()))
+
+
+def test_a_reaper_whose_owner_ended_before_it_looked_kills_what_it_was_told(owner: Owner) -> None:
+    gone = 2**22 + 1  # more than any process' id
+    reaper = subprocess.Popen(
+        [sys.executable, "-c", f"from flyte_batch.processes import reap; reap({gone})"],
+        env=ENVIRONMENT, cwd=ROOT, stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert reaper.stdin is not None
+    reaper.stdin.write(json.dumps({owner.spared: process_table()[owner.spared][1]}).encode() + b"\n")
+    reaper.stdin.flush()  # and is not closed: an orphan holds it open
+    assert reaper.wait(20) == 0
+    until(lambda: owner.spared not in process_table())
+    reaper.stdin.close()
 
 
 def test_a_reaper_that_was_closed_kills_nobody(owner: Owner) -> None:

@@ -61,6 +61,20 @@ class Job:
                 return replicas
             await asyncio.sleep(0.01)
 
+    async def has_ended_a_call(self, run: Run) -> Replica:
+        """Wait until a replica has ended a call and has others under way; gives it.
+
+        Raises:
+            AssertionError: the run ended before.
+        """
+        while True:
+            assert not run.phase, f"too late: {run.phase} {run.error}"
+            used = {attempt.where for action in run.children for attempt in action.attempts}
+            for replica in self.cluster.pools["generate-cpu"].replicas:
+                if replica.worker.id in used and replica.worker.calls:
+                    return replica
+            await asyncio.sleep(0.01)
+
     def check(self, summary: fb.RunSummary, *, failures: int = 0) -> None:
         """Every row is there exactly once, in order, and right, and no process is left behind (or is for 10 s)."""
         import psutil
