@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from flyte_batch.histograms import LATENCY_BOUNDS
 from flyte_batch.monitoring.details import Example, Sample, Stall
-from flyte_batch.report.page import KINDS, MANY_REPLICAS, OF_MANY, render_fragment, render_page
+from flyte_batch.report.page import render_fragment, render_page
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from flyte_batch.report.samples import SampleAnswer
+from flyte_batch.report.sections.over_time import MANY_REPLICAS, OF_MANY
+from flyte_batch.report.sections.shares import KINDS
 from tests.report.logs import STARTED, gpu_use, make_log, make_plan, with_failures, with_stalls
 from tests.report.parsing import Element, parse
 
