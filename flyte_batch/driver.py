@@ -25,7 +25,7 @@ from flyte_batch.monitoring.details import ChunkDetails
 from flyte_batch.monitoring.events import Scope
 from flyte_batch.monitoring.hooks import emit
 from flyte_batch.monitoring.scope import new_scope
-from flyte_batch.planning.chunks import is_sound, plan_chunk_rows
+from flyte_batch.planning.chunks import few_at_once, is_sound, plan_chunk_rows
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.replica import check_driver
@@ -421,13 +421,12 @@ def _check(
 
 def _warn_if_starving(size: int, rows: int, replicas: int, concurrency: int, batch_rows: int) -> None:
     """Warn if a replica is given fewer rows at once than a full batch and than its share of what is left to do."""
-    together, share = size * concurrency, -(-rows // replicas)
-    if together < min(batch_rows, share):
-        wanted = min(2 * batch_rows, share)
+    few = few_at_once(size, rows, replicas=replicas, concurrency=concurrency, batch_rows=batch_rows)
+    if few is not None:
         logger.warning(
             "warning: chunks of %d rows x concurrency %d give a replica %d rows at once, fewer than the %d of a full "
             "batch: its device will wait. Raise chunk_size to %d or the replicas' concurrency to %d",
-            size, concurrency, together, batch_rows, -(-wanted // concurrency), -(-wanted // size),
+            size, concurrency, few.rows, batch_rows, few.chunk_rows, few.concurrency,
         )  # fmt: skip
 
 

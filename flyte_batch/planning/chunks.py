@@ -22,6 +22,7 @@ are.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from flyte_batch.planning.overheads import CHUNK_GAP_S, FAN_OUT_PER_S, USUAL_ROWS_PER_S
 
@@ -102,6 +103,38 @@ def tail(chunk_rows: int, rows: int, *, slots: int) -> float:
         slots: chunks that all replicas take at once.
     """
     return slots * min(chunk_rows, rows) / rows
+
+
+@dataclass(frozen=True)
+class FewAtOnce:
+    """That a replica has fewer rows at once than one batch takes, and either number that would give it enough.
+
+    Attributes:
+        rows: that it has at once.
+        chunk_rows: rows per chunk that would do.
+        concurrency: chunks at once that would do.
+    """
+
+    rows: int
+    chunk_rows: int
+    concurrency: int
+
+
+def few_at_once(chunk_rows: int, rows: int, *, replicas: int, concurrency: int, batch_rows: int) -> FewAtOnce | None:
+    """Whether a replica has fewer rows at once than a full batch, and than its share of the rows to do.
+
+    Args:
+        chunk_rows: rows per chunk; 0 where it is unknown.
+        rows: that are to be done.
+        replicas: as for `plan_chunk_rows`.
+        concurrency: as for `plan_chunk_rows`.
+        batch_rows: as for `plan_chunk_rows`.
+    """
+    at_once, share = chunk_rows * concurrency, -(-rows // replicas)
+    if chunk_rows < 1 or at_once >= min(batch_rows, share):
+        return None
+    wanted = min(2 * batch_rows, share)
+    return FewAtOnce(at_once, -(-wanted // concurrency), -(-wanted // chunk_rows))
 
 
 def is_sound(chunk_rows: int | None, rows: int) -> bool:

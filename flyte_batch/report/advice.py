@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flyte_batch.histograms import percentile
-from flyte_batch.planning.chunks import BATCHES_IN_FLIGHT, MAX_CHUNKS, plan_chunk_rows
+from flyte_batch.planning.chunks import BATCHES_IN_FLIGHT, MAX_CHUNKS, few_at_once, plan_chunk_rows
 from flyte_batch.report.formats import count, number, percent, plural, seconds
 from flyte_batch.report.run_log import EngineLog, RunLog, TimeShares
 
@@ -124,23 +124,28 @@ def _failures(log: RunLog) -> Advice | None:
 
 
 def _few_at_once(log: RunLog, shares: TimeShares) -> Advice | None:
-    """Whether a replica had fewer rows at once than one batch takes; the numbers are those of the driver's warning."""
+    """Whether a replica had fewer rows at once than one batch takes; the driver warned of it."""
     plan = log.plan
     idle = shares.starved + shares.assembling
-    at_once, to_do = plan.chunk_rows * plan.concurrency, -(-(plan.rows - plan.rows_reused) // plan.replicas)
-    if idle <= STARVED * shares.total or not 0 < at_once < min(plan.batch_rows, to_do):
+    few = few_at_once(
+        plan.chunk_rows,
+        plan.rows - plan.rows_reused,
+        replicas=plan.replicas,
+        concurrency=plan.concurrency,
+        batch_rows=plan.batch_rows,
+    )
+    if few is None or idle <= STARVED * shares.total:
         return None
-    wanted = min(2 * plan.batch_rows, to_do)
     fill = mean_fill(log.engines.values())
     filled = f"; batches left {percent(fill)} full on average" if fill is not None else ""
     return Advice(
         f"Too few rows at once: devices waited {percent(idle / shares.total)} of the time",
         f"{plural(plan.concurrency, 'chunk')} of {plural(plan.chunk_rows, 'row')} give a replica "
-        f"{plural(at_once, 'row')} at once, fewer than the {count(plan.batch_rows)} of a full batch{filled}. Devices "
+        f"{plural(few.rows, 'row')} at once, fewer than the {count(plan.batch_rows)} of a full batch{filled}. Devices "
         f"were free for {seconds(shares.starved)} with no record waiting, for {seconds(shares.assembling)} while "
         "records waited for more.",
-        f"Raise chunk_size from {count(plan.chunk_rows)} to {count(-(-wanted // plan.concurrency))}, or the replicas' "
-        f"concurrency from {count(plan.concurrency)} to {count(-(-wanted // plan.chunk_rows))}.",
+        f"Raise chunk_size from {count(plan.chunk_rows)} to {count(few.chunk_rows)}, or the replicas' concurrency from "
+        f"{count(plan.concurrency)} to {count(few.concurrency)}.",
         idle,
     )
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyte_batch.planning.chunks import BATCHES_IN_FLIGHT, MAX_CHUNKS, MOST_LOST, plan_chunk_rows, stretch, tail
+from flyte_batch.planning.chunks import (
+    BATCHES_IN_FLIGHT,
+    MAX_CHUNKS,
+    MOST_LOST,
+    few_at_once,
+    plan_chunk_rows,
+    stretch,
+    tail,
+)
 from flyte_batch.planning.overheads import CHUNK_GAP_S, FAN_OUT_PER_S, USUAL_ROWS_PER_S
 
 ROWS = st.integers(1, 10**9)
@@ -186,3 +194,23 @@ def test_a_number_that_cannot_be_is_refused_by_name() -> None:
     for speed in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="rows_per_s must be a positive number"):
             plan_chunk_rows(10, replicas=1, concurrency=1, batch_rows=1, rows_per_s=speed)
+
+
+# -- Too few rows at once -----------------------------------------------------
+
+
+@given(st.integers(1, 10_000), ROWS, SHAPES)
+def test_either_cure_of_too_few_rows_at_once_is_one(chunk_rows: int, rows: int, shape: dict[str, Any]) -> None:
+    few = few_at_once(chunk_rows, rows, **shape)
+    share = -(-rows // shape["replicas"])
+    assert (few is not None) is (chunk_rows * shape["concurrency"] < min(shape["batch_rows"], share))
+    if few is not None:
+        assert few.rows == chunk_rows * shape["concurrency"]
+        assert few.chunk_rows > chunk_rows
+        assert few.concurrency > shape["concurrency"]
+        assert few_at_once(few.chunk_rows, rows, **shape) is None
+        assert few_at_once(chunk_rows, rows, **{**shape, "concurrency": few.concurrency}) is None
+
+
+def test_of_chunks_of_unknown_size_nothing_is_said() -> None:
+    assert few_at_once(0, 1_000, replicas=1, concurrency=1, batch_rows=64) is None

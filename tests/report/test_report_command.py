@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 import flyte_batch as fb
 from flyte_batch.cli.report import command
 from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE
-from flyte_batch.report import advice
 from flyte_batch.report.history import LOG_FILE, SILENT_S
 from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
@@ -174,19 +173,6 @@ async def test_a_part_that_can_not_be_read_is_told(tmp_path: Path, caplog: pytes
     broken.write_bytes(b"")
     assert figures(output)["rows"] == ROWS - 50
     assert f"1 of 6 parts in {output} can't be read, and are not counted; the first is {broken.name}" in caplog.text
-
-
-async def test_report_and_terminal_advise_the_same_on_small_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(advice, "SHORTEST_S", 0.0)
-    output = await run(tmp_path, chunk_size=2, replicas=1, concurrency=1, batch_rows=32)
-    (warning,) = [message for message in caplog.messages if "its device will wait" in message]
-    size, concurrency = re.findall(r"Raise chunk_size to (\d+) or the replicas' concurrency to (\d+)", warning)[0]
-    told = figures(output)["advice"]
-    wanted = f"Raise chunk_size from 2 to {size}, or the replicas' concurrency from 1 to {concurrency}."
-    assert [each["action"] for each in told if "Too few rows at once" in each["title"]] == [wanted]
-    assert not any("batch_timeout_s" in each["action"] for each in told)
 
 
 async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> None:
