@@ -149,6 +149,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     def _release(self) -> None:
         """Let go of what the batcher held, after it ended."""
+        self._teller.tell()
 
     # -- Life --------------------------------------------------------------
 
@@ -661,6 +662,10 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         if was_empty and self._meter.phase == "starved":
             self._meter.enter("assembling")
         self._arrived(was_empty)
+
+    def tell(self) -> None:
+        """Tell monitoring hooks now of all that came back, which they hear a moment later otherwise."""
+        self._teller.tell()
 
     def abandon(self, lane: SubmitLane[RecordT, ResultT], future: ResultFuture[ResultT]) -> None:
         """A caller gave up on a record that waits."""

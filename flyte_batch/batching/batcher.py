@@ -7,7 +7,6 @@ and one dispatcher task; a batch is formed when the device is free, not before, 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +17,6 @@ from flyte_batch.batching.checks import finite_number, one_of, whole_number
 from flyte_batch.batching.costs import CostModel
 from flyte_batch.batching.packing import Backlog, Batch, BatchCost
 from flyte_batch.batching.processing import ProcessFn, Processor, as_failure, copy_of, is_out_of_memory
-from flyte_batch.batching.telling import CameBack
 from flyte_batch.errors import BadInput, EngineDead
 from flyte_batch.monitoring import hooks
 
@@ -26,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 RecordT = TypeVar("RecordT")
 ResultT = TypeVar("ResultT")
-
-
-_TELL_AFTER_S = 0.002
-"""Long enough for the thread of a batch to have begun, which needs the interpreter's lock for that."""
 
 
 class DynamicBatcher(Batcher[RecordT, ResultT]):
@@ -137,9 +131,6 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         self._budget = target_batch_cost
         # Batches that are left to do of the one that was taken last; the last of the list is on the device.
         self._on_device: list[Batch[RecordT, ResultT]] = []
-        self._untold: list[CameBack] = []
-        self._telling: asyncio.TimerHandle | None = None
-        self._nobodys = contextvars.Context()
 
     _cost_methods: tuple[str, ...] = ("estimate_cost",)
 
@@ -201,10 +192,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             self._meter.enter("busy")
             self._meter.on_device(len(batch))
             started_at = time.time()
-            if self._untold and self._telling is None:
-                # When this batch is on its way: the device need not wait for who hears of the last one.
-                loop = asyncio.get_running_loop()
-                self._telling = loop.call_later(_TELL_AFTER_S, self._tell_untold, context=self._nobodys)
+            self._teller.tell_soon()  # when this batch is on its way
             outcome = await self._processor.call(batch.records)
             self._count(batch)
             if isinstance(outcome, list):
@@ -216,7 +204,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         self._call_under_way = None
         self._meter.enter("assembling" if len(self._backlog) else "starved")
         if not self._is_due():
-            self._tell_untold()
+            self._teller.tell()
         if (task := asyncio.current_task()) is not None and task.cancelling():
             # process_fn swallowed a cancellation that was meant for us.
             raise asyncio.CancelledError("its task was cancelled")
@@ -267,16 +255,15 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
     ) -> None:
         """See to it that a batch that came back is told of; without outcomes, one that is split and tried again."""
         if hooks.is_anybody_listening():
-            came_back = CameBack(batch, outcomes, failures, started_at, self._fill(batch), out_of_memory, self._now())
-            self._untold.append(came_back)
-
-    def _tell_untold(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
-            self._telling = None
-        untold, self._untold = self._untold, []
-        for came_back in untold:
-            self._teller.came_back(came_back)
+            self._teller.came_back(
+                batch,
+                outcomes,
+                failures,
+                now=self._now(),
+                started_at=started_at,
+                fill=self._fill(batch),
+                out_of_memory=out_of_memory,
+            )
 
     def _fill(self, batch: Batch[RecordT, ResultT]) -> float:
         return max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size)
@@ -294,7 +281,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         )
 
     def _release(self) -> None:
-        self._tell_untold()
+        super()._release()
         self._processor.close()
 
 

@@ -251,7 +251,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         flight.beside = self._cost
         flight.started_at = time.time()
         if hooks.is_anybody_listening():
-            self._teller.admitted(flight.cost, self._fullness, len(self._backlog))
+            self._teller.admitted(flight.cost, self._fullness, len(self._backlog), flight.started_at)
         self._meter.on_device(len(self._flights))
         if self._meter.phase != "busy":
             self._meter.enter("busy")
@@ -282,7 +282,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:
                 self._settle(flight.batch, [error])
-                self._tell(flight, [error], 1, fill)
+                self._tell(flight, error, fill)
             self._end(error)
             return
         if error is None and not self._turned_away:
@@ -302,17 +302,16 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._meter.batch_finished(
             records=1, cost=flight.cost, record_cost=flight.cost, padded_cost=flight.cost, fill=fill
         )
-        failures = self._settle(batch, [outcome])
-        self._tell(flight, [outcome], failures, fill)
+        self._settle(batch, [outcome])
+        self._tell(flight, outcome if isinstance(outcome, BaseException) else None, fill)
         if isinstance(outcome, Completion) and isinstance(outcome.response_tokens, int):
             self._lengths.observe(self._prompt_tokens(flight.record), outcome.response_tokens)
 
-    def _tell(
-        self, flight: _Flight[RecordT], outcome: list[Completion | BaseException], failures: int, fill: float
-    ) -> None:
+    def _tell(self, flight: _Flight[RecordT], error: BaseException | None, fill: float) -> None:
         if hooks.is_anybody_listening():
-            self._teller.settled(flight.batch, outcome, failures)
-            self._teller.landed(flight.started_at, flight.cost, fill)
+            self._teller.landed(
+                flight.batch, error, now=self._now(), started_at=flight.started_at, cost=flight.cost, fill=fill
+            )
 
     def _make_do_with_less(self, flight: _Flight[RecordT]) -> bool:
         """The engine had no memory for this record: whether there is a chance with fewer others beside it."""
@@ -364,6 +363,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
 
     def _release(self) -> None:
         """Forget what an engine that does not let go still holds; nobody waits for it."""
+        super()._release()
         self._flights.clear()
         self._cost = 0
         self._meter.on_device(0)

@@ -1,6 +1,7 @@
-"""What a batcher tells of its records, gathered per caller and step of the event loop: a record costs a few additions.
+"""What a batcher tells of its records, gathered per caller: a record costs a few additions.
 
-Nothing is gathered while nobody listens.
+What came back is kept, and told of a moment later, when what comes next is on its way to the device: no device waits for
+those who hear of the last batch. Nothing is gathered while nobody listens.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from flyte_batch.batching.lanes import CallersLane
 from flyte_batch.batching.packing import Batch
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope, Share
+
+TELL_AFTER_S = 0.002
+"""Long enough for the thread of a batch to have begun, which needs the interpreter's lock for that; also how far apart
+records may have come back that are told of together, and so how wrong a latency can be."""
 
 _nobodys = contextvars.Context()
 """Where a batcher's events are told: they are of many callers, so none of theirs."""
@@ -30,36 +33,62 @@ class _Tally:
     def __init__(self) -> None:
         self.records = self.failed = 0
         self.cost = 0.0
-        self.arrivals: Counter[float] = Counter()
+        self.arrivals: dict[float, int] = {}
 
     def share(self, scope: Scope, now: float) -> Share:
-        latencies = tuple((now - arrival, records) for arrival, records in self.arrivals.items())
+        latencies = tuple([(now - arrival, records) for arrival, records in self.arrivals.items()])
         return Share(scope, self.records, self.failed, self.cost, latencies)
 
 
-@dataclass(slots=True)
-class CameBack:
-    """A batch that came back, to be told of when nobody waits for that.
+class _CameBack:
+    """What came back from the device together, to be told of.
 
     Attributes:
-        batch: as the device had it.
-        outcomes: one a record; None if it is split and tried again.
-        failures: those of them that are errors.
-        started_at: Unix time when the device got it.
-        fill: share of the budget or of the most records.
-        out_of_memory: whether it did not fit.
-        now: when it came back, on the event loop's clock.
+        now: when, on the event loop's clock.
         at: the same as Unix time.
+        started_at: Unix time when the device got it, the first of it where records go one by one.
+        fill: share of the budget or of the most records.
+        records: how many.
+        cost: as the batcher's budget sees it.
+        out_of_memory: whether it did not fit.
+        batches: what got its outcome, and with which errors: None where nothing failed.
     """
 
-    batch: Batch[Any, Any]
-    outcomes: Sequence[object] | None
-    failures: int
-    started_at: float
-    fill: float
-    out_of_memory: bool
-    now: float
-    at: float = field(default_factory=time.time)
+    __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "started_at")
+
+    def __init__(self, now: float, started_at: float, fill: float, out_of_memory: bool = False) -> None:
+        self.now = now
+        self.at = time.time()
+        self.started_at = started_at
+        self.fill = fill
+        self.records = 0
+        self.cost = 0.0
+        self.out_of_memory = out_of_memory
+        self.batches: list[tuple[Batch[Any, Any], Sequence[object] | None]] = []
+
+    def shares(self) -> tuple[Share, ...]:
+        """Whose records they were."""
+        tallies: dict[Scope, _Tally] = {}
+        for batch, outcomes in self.batches:
+            start = 0
+            costs, arrivals = batch.costs, batch.arrivals
+            for lane, tickets in batch.parts:
+                assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
+                scope = lane.scope
+                tally = tallies.get(scope)
+                if tally is None:
+                    tally = tallies[scope] = _Tally()
+                end = start + len(tickets)
+                tally.records += end - start
+                counts = tally.arrivals
+                for index in range(start, end):
+                    tally.cost += costs[index]
+                    arrival = arrivals[index]
+                    counts[arrival] = counts.get(arrival, 0) + 1
+                if outcomes is not None:
+                    tally.failed += sum(isinstance(outcome, BaseException) for outcome in outcomes[start:end])
+                start = end
+        return tuple([tally.share(scope, self.now) for scope, tally in tallies.items()])
 
 
 class Teller:
@@ -73,10 +102,13 @@ class Teller:
         self._batcher = batcher
         self._queued = 0
         self._submitted: dict[Scope, list[float]] = {}  # scope -> records, cost
-        self._tallies: dict[Scope, _Tally] = {}
         self._formed = self._done = 0
-        self._admitted: list[float] = []  # costs
-        self._landed: list[tuple[float, float, float]] = []  # started at, cost, fill
+        self._admitted = 0
+        self._admitted_cost = self._admitted_at = 0.0
+        self._fullness: Callable[[], float]
+        self._untold: list[_CameBack] = []
+        self._together: _CameBack | None = None  # the last of them, if others may join it
+        self._timer: asyncio.TimerHandle | None = None
 
     def submitted(self, lane: CallersLane[Any, Any], records: int, cost: float, queued: int) -> None:
         """Records entered the queue."""
@@ -87,58 +119,92 @@ class Teller:
         of_caller[1] += cost
         self._queued = queued
 
-    def formed(self, records: int, cost: float, fill: float, queued: int) -> None:
+    def formed(self, records: int, cost: float, fill: float, queued: int, at: float | None = None) -> None:
         """Records leave the queue for the device."""
         self._tell_submitted()
         self._formed += 1
-        hooks.emit(events.BatchFormed(time.time(), self._batcher, self._formed, records, cost, fill, queued))
+        hooks.emit(events.BatchFormed(at or time.time(), self._batcher, self._formed, records, cost, fill, queued))
 
-    def admitted(self, cost: float, fill: Callable[[], float], queued: int) -> None:
-        """A record goes to the device by itself; told with the others of this step of the loop."""
+    def admitted(self, cost: float, fullness: Callable[[], float], queued: int, at: float) -> None:
+        """A record goes to the device by itself; told with those that follow."""
         if not self._admitted:
-            asyncio.get_running_loop().call_soon(self._tell_admitted, fill, context=_nobodys)
-        self._admitted.append(cost)
+            self._admitted_at, self._fullness = at, fullness
+            self._set_timer()
+        self._admitted += 1
+        self._admitted_cost += cost
         self._queued = queued
 
-    def settled(self, batch: Batch[Any, Any], outcomes: Sequence[object], failures: int) -> None:
-        """Records of a batch got their outcome, ``failures`` of them an error; `landed` comes next."""
-        start = 0
-        for lane, tickets in batch.parts:
-            assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
-            part = slice(start, start + len(tickets))
-            start = part.stop
-            scope = lane.scope
-            tally = self._tallies.get(scope)
-            if tally is None:
-                tally = self._tallies[scope] = _Tally()
-            tally.records += len(tickets)
-            if len(tickets) == 1:
-                tally.cost += batch.costs[part.start]
-                tally.arrivals[batch.arrivals[part.start]] += 1
-            else:
-                tally.cost += sum(batch.costs[part])
-                tally.arrivals.update(batch.arrivals[part])
-            if failures:
-                for outcome in outcomes[part]:
-                    if isinstance(outcome, BaseException):
-                        tally.failed += 1
-                        failed = type(outcome).__name__, str(outcome)
-                        hooks.emit(events.RecordFailed(time.time(), scope, "infer", *failed, self._batcher))
+    def came_back(
+        self,
+        batch: Batch[Any, Any],
+        outcomes: Sequence[object] | None,
+        failures: int,
+        *,
+        now: float,
+        started_at: float,
+        fill: float,
+        out_of_memory: bool,
+    ) -> None:
+        """A batch came back. Told by the next `tell`, or a moment after `tell_soon`.
 
-    def came_back(self, told: CameBack) -> None:
-        """A batch came back."""
-        batch = told.batch
-        if told.outcomes is not None:
-            self.settled(batch, told.outcomes, told.failures)
-        done = told.started_at, batch.cost, told.fill, told.out_of_memory, told.now
-        self._tell_done(len(batch), *done, at=told.at)
+        Args:
+            batch: as the device had it.
+            outcomes: one a record; None if it is split and tried again.
+            failures: those of them that are errors.
+            now: on the event loop's clock.
+            started_at: Unix time when the device got it.
+            fill: share of the budget or of the most records.
+            out_of_memory: whether it did not fit.
+        """
+        back = _CameBack(now, started_at, fill, out_of_memory)
+        back.records, back.cost = len(batch), batch.cost
+        if outcomes is not None:
+            back.batches.append((batch, outcomes if failures else None))
+        self._untold.append(back)
 
-    def landed(self, started_at: float, cost: float, fill: float) -> None:
-        """A record came back by itself; told with the others of this step of the loop."""
-        if not self._landed:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(self._tell_landed, loop.time, context=_nobodys)
-        self._landed.append((started_at, cost, fill))
+    def landed(
+        self,
+        batch: Batch[Any, Any],
+        error: BaseException | None,
+        *,
+        now: float,
+        started_at: float,
+        cost: float,
+        fill: float,
+    ) -> None:
+        """A record came back by itself; told with those that come at the same time. See `came_back`."""
+        back = self._together
+        if back is None or now - back.now > TELL_AFTER_S:
+            back = self._together = _CameBack(now, started_at, fill)
+            self._untold.append(back)
+            self._set_timer()
+        elif started_at < back.started_at:
+            back.started_at = started_at
+        back.records += 1
+        back.cost += cost
+        back.batches.append((batch, None if error is None else (error,)))
+
+    def tell_soon(self) -> None:
+        """Tell of all that came back, a moment from now."""
+        if self._untold:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(TELL_AFTER_S, self.tell, context=_nobodys)
+
+    def tell(self) -> None:
+        """Tell of all that came back so far."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._admitted:
+            admitted = self._admitted, self._admitted_cost, self._fullness(), self._queued, self._admitted_at
+            self._admitted, self._admitted_cost = 0, 0.0
+            self.formed(*admitted)
+        untold, self._untold, self._together = self._untold, [], None
+        for back in untold:
+            self._tell_of(back)
 
     def _tell_submitted(self) -> None:
         submitted, self._submitted = self._submitted, {}
@@ -146,28 +212,19 @@ class Teller:
             counts = int(records), cost, self._queued
             hooks.emit(events.RecordsSubmitted(time.time(), self._batcher, scope, *counts))
 
-    def _tell_admitted(self, fill: Callable[[], float]) -> None:
-        admitted, self._admitted = self._admitted, []
-        self.formed(len(admitted), sum(admitted), fill(), self._queued)
-
-    def _tell_landed(self, now: Callable[[], float]) -> None:
-        landed, self._landed = self._landed, []
-        started_at, cost, fill = min(each[0] for each in landed), sum(each[1] for each in landed), landed[0][2]
-        self._tell_done(len(landed), started_at, cost, fill, False, now())
-
-    def _tell_done(
-        self,
-        records: int,
-        started_at: float,
-        cost: float,
-        fill: float,
-        out_of_memory: bool,
-        now: float,
-        at: float | None = None,
-    ) -> None:
-        tallies, self._tallies = self._tallies, {}
-        shares = tuple(tally.share(scope, now) for scope, tally in tallies.items())
-        failed = sum(share.failed for share in shares) if shares else records
+    def _tell_of(self, back: _CameBack) -> None:
+        for batch, outcomes in back.batches:
+            if outcomes is not None:
+                self._tell_failures(batch, outcomes, back.at)
+        shares = back.shares()
+        failed = sum([share.failed for share in shares]) if shares else back.records
         self._done += 1
-        told = started_at, records, failed, cost, fill, out_of_memory, shares
-        hooks.emit(events.BatchDone(at or time.time(), self._batcher, self._done, *told))
+        told = back.started_at, back.records, failed, back.cost, back.fill, back.out_of_memory, shares
+        hooks.emit(events.BatchDone(back.at, self._batcher, self._done, *told))
+
+    def _tell_failures(self, batch: Batch[Any, Any], outcomes: Sequence[object], at: float) -> None:
+        scopes = (lane.scope for lane, tickets in batch.parts for _ in tickets if isinstance(lane, CallersLane))
+        for scope, outcome in zip(scopes, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                failed = type(outcome).__name__, str(outcome)
+                hooks.emit(events.RecordFailed(at, scope, "infer", *failed, self._batcher))

@@ -85,6 +85,10 @@ class Batcher(Protocol):
     @property
     def is_running(self) -> bool: ...
 
+    def tell(self) -> None:
+        """Tell hooks now of all that came back; call it on the batcher's event loop."""
+        ...
+
 
 _hooks: tuple[Hook, ...] = ()
 _lock = threading.Lock()

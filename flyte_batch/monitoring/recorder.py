@@ -107,13 +107,17 @@ class Recorder:
 
     @contextmanager
     def sampling(self, batcher: hooks.Batcher) -> Iterator[Callable[[], tuple[Sample, ...]]]:
-        """Sample a batcher while the body of ``with`` runs; gives a function that tells the samples since then."""
+        """Sample a batcher while the body of ``with`` runs.
+
+        Gives a function that has the batcher tell what came back so far, and gives the samples since the beginning.
+        """
         series = self._series.setdefault(batcher.id, _Series(batcher))
         series.users += 1
         start = clock.now()
         series.take(start)
 
         def samples() -> tuple[Sample, ...]:
+            batcher.tell()
             series.take(clock.now())
             found = [sample for sample in series.samples if sample.at >= start]
             return tuple(_thinned(found))

@@ -192,6 +192,40 @@ async def test_what_is_told_adds_up_to_the_batchers_own_figures_whatever_happens
     assert (len(done), sum(event.records for event in done)) == (stats.total_batches, stats.total_batch_records)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    calls=st.lists(st.lists(st.sampled_from(["ok", "bad", "long"]), min_size=1, max_size=12), min_size=1, max_size=5),
+    cancelled=st.sets(st.integers(0, 4)),
+    most=st.integers(1, 8),
+    memory=st.sampled_from([None, 3]),
+)
+async def test_what_a_continuous_batcher_tells_adds_up_to_its_own_figures_whatever_happens(
+    calls: list[list[str]], cancelled: set[int], most: int, memory: int | None
+) -> None:
+    engine = fb.FakeContinuousEngine(
+        lambda text: "word " * (9 if text == "long" else 1), fail_on={"bad"}, largest_flight=memory
+    )
+    with listening() as heard:
+        async with fb.ContinuousBatcher(engine, max_in_flight=most) as batcher:
+            prepared = [[engine.prepare(fb.Prompt(text)) for text in call] for call in calls]
+            tasks = [asyncio.ensure_future(batcher.map(call, return_exceptions=True)) for call in prepared]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            for index in cancelled:
+                if index < len(tasks):
+                    tasks[index].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        stats = batcher.stats
+    done = heard.of(BatchDone)
+    shares = [share for event in done for share in event.shares]
+    assert sum(share.records for share in shares) == sum(event.records for event in done) == stats.total_completed
+    assert sum(share.failed for share in shares) == stats.total_failed == len(heard.of(events.RecordFailed))
+    assert sum(event.records for event in heard.of(events.RecordsSubmitted)) == stats.total_submitted
+    assert sum(event.records for event in heard.of(events.BatchFormed)) >= stats.total_completed
+    assert sum(records for share in shares for _, records in share.latencies) == stats.total_completed
+    assert sum(event.cost for event in done) == pytest.approx(stats.total_batch_cost)
+
+
 @BOTH
 async def test_an_engines_start_and_death_are_told_with_what_was_lost(kind: int, heard: Listener) -> None:
     batcher = batchers(dies_after=0)[kind]()

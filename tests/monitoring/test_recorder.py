@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+import flyte_batch as fb
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope
 from flyte_batch.monitoring.recorder import MOST_STALLS, Recorder
+from flyte_batch.monitoring.scope import scope_entered
 
 
 @pytest.fixture
@@ -51,6 +55,38 @@ def test_chunks_of_event_loops_on_several_threads_hear_what_happens_and_leave_no
         thread.join()
     assert (errors, deaf) == ([], [])
     assert not hooks.is_anybody_listening()
+
+
+@pytest.mark.parametrize("kind", ["batches", "continuous"])
+async def test_a_chunk_that_ends_while_the_device_is_busy_with_others_has_all_its_latencies(kind: str) -> None:
+    recorder, gate = Recorder(), asyncio.Event()
+
+    def answer(text: str) -> Any:
+        return gated() if text == "other" else "mine"
+
+    async def gated() -> str:
+        await gate.wait()
+        return "other"
+
+    if kind == "batches":
+        engine: Any = fb.FakeEngine(answer)
+        batcher: Any = fb.EngineBatcher(engine, max_batch_size=2, turn_size=2)
+    else:
+        engine = fb.FakeContinuousEngine(answer)
+        batcher = fb.ContinuousBatcher(engine, max_in_flight=8)
+    async with batcher:
+        mine, other = ([engine.prepare(fb.Prompt(text))] * 2 for text in ("mine", "other"))
+        with recorder.recording(scope := Scope()) as recording, recorder.sampling(batcher) as samples:
+            with scope_entered(scope):
+                call = asyncio.ensure_future(batcher.map(mine))
+                await asyncio.sleep(0)
+            others = asyncio.ensure_future(batcher.map(other))
+            await call
+            samples()
+            heard = sum(recording.latencies.values())
+        gate.set()
+        await others
+    assert heard == 2
 
 
 def test_chunks_that_stood_still_together_tell_of_one_stall() -> None:
