@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flyte_batch.environments import require_shared as require_shared
     from flyte_batch.environments import runs_here as runs_here
     from flyte_batch.environments import slots as slots
+    from flyte_batch.errors import BadImage as BadImage
     from flyte_batch.errors import BadInput as BadInput
     from flyte_batch.errors import BadRecord as BadRecord
     from flyte_batch.errors import BadResponse as BadResponse
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from flyte_batch.errors import EngineDead as EngineDead
     from flyte_batch.errors import EngineOutOfMemory as EngineOutOfMemory
     from flyte_batch.errors import FlyteBatchError as FlyteBatchError
+    from flyte_batch.errors import MissingValue as MissingValue
+    from flyte_batch.errors import PromptTooLong as PromptTooLong
     from flyte_batch.errors import QueueFull as QueueFull
     from flyte_batch.errors import TooManyFailures as TooManyFailures
     from flyte_batch.model_store import PrefetchedModel as PrefetchedModel
@@ -77,8 +80,9 @@ _HOMES = {
         "check_environment", "driver_environment", "replica_environment", "require_shared", "runs_here", "slots",
     ),
     "errors": (
-        "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed", "DeadlineExceeded",
-        "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "QueueFull", "TooManyFailures",
+        "BadImage", "BadInput", "BadRecord", "BadResponse", "BatcherDied", "BatcherNotRunning", "ChunkFailed",
+        "DeadlineExceeded", "EngineDead", "EngineOutOfMemory", "FlyteBatchError", "MissingValue", "PromptTooLong",
+        "QueueFull", "TooManyFailures",
     ),
     "model_store": ("PrefetchedModel", "prefetch"),
     "pipeline": ("Failure", "Pipeline"),

@@ -10,18 +10,31 @@ FlyteBatchError
 ├── EngineError (RuntimeError)
 │   ├── EngineDead                   the engine is gone; its singleton rebuilds it
 │   ├── EngineOutOfMemory            the batch did not fit; a batcher halves it and goes on
-│   └── BadRecord (ValueError)       this record cannot be inferred (empty, too long, not a text); its neighbours can
+│   └── BadRecord (ValueError)       this record cannot be inferred; its neighbours can
+│       ├── MissingValue             a column is null, a prompt or a message is empty, an image is missing
+│       ├── PromptTooLong            the model's context has no room for the prompt and one token of response
+│       ├── BadImage                 an image cannot be read or decoded, or is too large
 │       └── BadResponse              its response does not have the form that was asked for (cut, no valid JSON)
 └── RunError (RuntimeError)
     ├── ChunkFailed                  chunks failed after all retries; the others are committed, run again to finish
     └── TooManyFailures              more rows failed than max_failure_rate allows
+
+Failures are counted by class, so a class is worth its name where the remedy is another one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 MOST_CAUSES = 20
 """Classes of errors that are told apart where failures are counted; the others are `OTHER_CAUSES`."""
 OTHER_CAUSES = "other"
+
+
+def counted_as(cause: str, known: Collection[str]) -> str:
+    """The cause itself, or `OTHER_CAUSES` where `MOST_CAUSES` others are ``known`` and it is not among them."""
+    told_apart = len(known) - (OTHER_CAUSES in known)
+    return cause if cause in known or told_apart < MOST_CAUSES else OTHER_CAUSES
 
 
 class FlyteBatchError(Exception):
@@ -66,6 +79,18 @@ class EngineOutOfMemory(EngineError):
 
 class BadRecord(EngineError, ValueError):
     """One record that cannot be inferred; the others of its batch are unaffected."""
+
+
+class MissingValue(BadRecord):
+    """What the record needs is null or empty: a column, the prompt, the conversation, a message, an image."""
+
+
+class PromptTooLong(BadRecord):
+    """The model's context has no room for the prompt and a single token of response."""
+
+
+class BadImage(BadRecord):
+    """An image that cannot be read or decoded, is too large, or is given in a form that is none of an image's."""
 
 
 class BadResponse(BadRecord):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.errors import BadImage, BadInput, BadRecord, MissingValue
 from flyte_batch.records import Chat, Prompt
 
 Row = Mapping[str, object]
@@ -60,7 +60,9 @@ class PromptTemplate:
         """Fill the template from a row.
 
         Raises:
-            BadRecord: a column is null, its value does not take the field's format, or is no image.
+            MissingValue: a column is null, or has no image in it.
+            BadImage: it holds what is no image.
+            BadRecord: its value does not take the field's format.
         """
         text = "".join(_fill(literal, field, spec, row) for literal, field, spec in self._parts())
         images = () if self.image_column is None else _images(row, self.image_column)
@@ -87,7 +89,7 @@ def _fill(literal: str, field: str | None, spec: str, row: Row) -> str:
         return literal
     value = row[field]
     if value is None:
-        raise BadRecord(f"column {field!r} is null")
+        raise MissingValue(f"column {field!r} is null")
     try:
         return literal + format(value, spec)
     except (TypeError, ValueError) as error:
@@ -120,7 +122,9 @@ class ChatColumn:
         """The row's conversation. Engines check its messages one by one.
 
         Raises:
-            BadRecord: the column is null, is no list, or a text that is no JSON list; a picture is missing or too much.
+            MissingValue: the column is null, or a picture is missing.
+            BadImage: the column of the pictures holds what is none.
+            BadRecord: the column is no list, or a text that is no JSON list; a picture is too much.
         """
         messages = self._messages(row)
         if self.image_column is not None:
@@ -133,7 +137,7 @@ class ChatColumn:
     def _messages(self, row: Row) -> list[Any]:
         value = row[self.column]
         if value is None:
-            raise BadRecord(f"column {self.column!r} is null")
+            raise MissingValue(f"column {self.column!r} is null")
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -149,18 +153,21 @@ class ChatColumn:
 def _images(row: Row, column: str) -> tuple[bytes | str, ...]:
     value = row[column]
     if value is None:
-        raise BadRecord(f"column {column!r} is null")
-    images = [_image(item) for item in (value if isinstance(value, list) else [value])]
-    found = tuple(image for image in images if image)
-    if len(found) < len(images):
-        raise BadRecord(f"column {column!r} holds no image: it must be bytes, a path, a data: URL or {{bytes, path}}")
-    return found
+        raise MissingValue(f"column {column!r} is null")
+    return tuple(_image(item, column) for item in (value if isinstance(value, list) else [value]))
 
 
-def _image(value: object) -> bytes | str | None:
+def _image(value: object, column: str) -> bytes | str:
     if isinstance(value, Mapping):  # datasets keeps the file's bare name as path beside its bytes
         value = value.get("bytes") or value.get("path")
-    return value if isinstance(value, bytes | str) else None
+    if isinstance(value, bytes | str) and value:
+        return value
+    if value is None or isinstance(value, bytes | str):
+        raise MissingValue(f"column {column!r} lacks an image: it is null or empty")
+    raise BadImage(
+        f"column {column!r} holds a {type(value).__name__} for an image: it must be bytes, a path, a data: URL or "
+        "{bytes, path}"
+    )
 
 
 def _with_images(messages: list[Any], images: tuple[bytes | str, ...], column: str) -> list[Any]:
@@ -183,7 +190,7 @@ def _filled(part: Any, left: Iterator[bytes | str], column: str) -> Any:
         return part
     image = next(left, None)
     if image is None:
-        raise BadRecord(f"column {column!r} holds fewer images than the conversation has places for")
+        raise MissingValue(f"column {column!r} holds fewer images than the conversation has places for")
     return {"type": "image", "image": image}
 
 

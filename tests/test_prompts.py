@@ -38,11 +38,12 @@ def test_a_template_that_cannot_work_is_refused_with_its_fault(text: str, fault:
         fb.PromptTemplate(text)
 
 
-def test_a_null_or_unformattable_value_is_a_bad_record_that_names_the_column() -> None:
-    with pytest.raises(fb.BadRecord, match="column 'question' is null"):
+def test_a_null_value_is_missing_and_an_unformattable_one_a_bad_record_and_both_name_the_column() -> None:
+    with pytest.raises(fb.MissingValue, match="column 'question' is null"):
         fb.PromptTemplate("{question}")({"question": None})
-    with pytest.raises(fb.BadRecord, match="column 'price' cannot be formatted"):
+    with pytest.raises(fb.BadRecord, match="column 'price' cannot be formatted") as raised:
         fb.PromptTemplate("{price:.2f}")({"price": "much"})
+    assert raised.type is fb.BadRecord
 
 
 def test_a_column_can_be_asked_as_it_is() -> None:
@@ -76,18 +77,19 @@ def test_a_system_message_is_put_before_conversations_that_have_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "kind", "why"),
     [
-        (None, "column 'messages' is null"),
-        ("why?", "a text that is no JSON .*use a template"),
-        ("[" * 100_000, "no JSON"),
-        ('{"role": "user"}', "holds a dict, not a list"),
-        (7, "holds a int, not a list"),
+        (None, fb.MissingValue, "column 'messages' is null"),
+        ("why?", fb.BadRecord, "a text that is no JSON .*use a template"),
+        ("[" * 100_000, fb.BadRecord, "no JSON"),
+        ('{"role": "user"}', fb.BadRecord, "holds a dict, not a list"),
+        (7, fb.BadRecord, "holds a int, not a list"),
     ],
 )
-def test_a_column_without_a_conversation_is_a_bad_record(value: Any, why: str) -> None:
-    with pytest.raises(fb.BadRecord, match=why):
+def test_a_column_without_a_conversation_is_a_bad_record(value: Any, kind: type[fb.BadRecord], why: str) -> None:
+    with pytest.raises(fb.BadRecord, match=why) as raised:
         fb.ChatColumn("messages")({"messages": value})
+    assert raised.type is kind
 
 
 def test_what_is_no_message_is_left_to_the_engine_which_names_it() -> None:
@@ -113,9 +115,22 @@ def test_a_template_may_show_the_rows_pictures(value: Any, images: tuple[bytes |
     assert template({"photo": value}) == fb.Prompt("What is it?", None, images)
 
 
-@pytest.mark.parametrize("value", [None, 7, b"", {"bytes": None, "path": None}, ["cat.png", None]])
-def test_a_row_without_a_picture_is_a_bad_record_that_names_the_column(value: Any) -> None:
-    with pytest.raises(fb.BadRecord, match="column 'photo'"):
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, fb.MissingValue),
+        (b"", fb.MissingValue),
+        ({"bytes": None, "path": None}, fb.MissingValue),
+        (["cat.png", None], fb.MissingValue),
+        (7, fb.BadImage),
+        (["cat.png", ["dog.png"]], fb.BadImage),
+        ({"bytes": None, "path": 7}, fb.BadImage),
+    ],
+)
+def test_a_row_whose_picture_is_missing_or_is_none_fails_and_names_the_column(
+    value: Any, kind: type[fb.BadRecord]
+) -> None:
+    with pytest.raises(kind, match="column 'photo'"):
         fb.PromptTemplate("{question}", image_column="photo")({"question": "What is it?", "photo": value})
 
 
@@ -135,10 +150,20 @@ def test_a_conversations_marks_are_filled_with_the_rows_pictures_in_order() -> N
     assert messages[2] == marked()  # the row's own are as they were
 
 
-@pytest.mark.parametrize(("photos", "why"), [([b"1"], "fewer images"), ([b"1", b"2", b"3"], "3 images, more than")])
-def test_pictures_that_do_not_go_with_the_marks_are_a_bad_record(photos: list[bytes], why: str) -> None:
-    with pytest.raises(fb.BadRecord, match=why):
+@pytest.mark.parametrize(
+    ("photos", "kind", "why"),
+    [
+        (None, fb.MissingValue, "column 'photos' is null"),
+        ([b"1"], fb.MissingValue, "fewer images"),
+        ([b"1", b"2", b"3"], fb.BadRecord, "3 images, more than"),
+    ],
+)
+def test_pictures_that_do_not_go_with_the_marks_are_a_bad_record(
+    photos: list[bytes] | None, kind: type[fb.BadRecord], why: str
+) -> None:
+    with pytest.raises(fb.BadRecord, match=why) as raised:
         fb.ChatColumn("messages", image_column="photos")({"messages": [marked(), marked()], "photos": photos})
+    assert raised.type is kind
 
 
 def test_the_columns_of_a_conversation_are_known_before_anything_starts() -> None:

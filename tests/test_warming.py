@@ -40,7 +40,7 @@ class TestInTheReplica:
         [
             (fb.FakeEngine(fail_on=["Hello"]), "BadRecord"),
             (fb.FakeEngine(dies_after=0), "EngineDead"),
-            (fb.FakeEngine(context=1), "BadRecord"),
+            (fb.FakeEngine(context=1), "PromptTooLong"),
         ],
         ids=["fails it", "dies of it", "refuses it"],
     )

@@ -72,10 +72,10 @@ async def test_a_null_an_oversized_and_a_poison_row_fail_alone_with_their_causes
     report = await fb.infer(chunk, solver_of(engine), prompt="{question}")
     out = rows_of(chunk)
     assert [row["response"] is None for row in out] == [False, True, True, True, True, False]
-    assert "column 'question' is null" in out[1]["error"]
-    assert "the prompt has 50 tokens" in out[2]["error"]
+    assert "MissingValue: column 'question' is null" in out[1]["error"]
+    assert "PromptTooLong: the prompt has 50 tokens" in out[2]["error"]
     assert "RuntimeError: the fake engine failed" in out[3]["error"]
-    assert "the prompt is empty" in out[4]["error"]
+    assert "MissingValue: the prompt is empty" in out[4]["error"]
     assert report.failures == 4
 
 

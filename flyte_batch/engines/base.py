@@ -26,7 +26,8 @@ class Engine(Protocol[RecordT, ResultT_co]):
         """Render and tokenise one prompt. Pure CPU work, called on threads, several at once.
 
         Raises:
-            BadRecord: the prompt can never be inferred (empty, too long for the context, not a text).
+            BadRecord: the prompt can never be inferred. `MissingValue` where something is empty, `PromptTooLong` where
+                the context has no room for it, `BadImage` for its pictures: failures are counted by class.
         """
         ...
 

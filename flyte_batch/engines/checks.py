@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
-from flyte_batch.engines.messages import content_parts, images_of
-from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.engines.messages import checked_image, content_parts, images_of
+from flyte_batch.errors import BadImage, BadInput, BadRecord, MissingValue
 from flyte_batch.records import Chat, Prompt, SamplingParameters
 
 
@@ -16,15 +16,18 @@ def require_text(prompt: Prompt | Chat) -> None:
     The system text of a `Prompt` may be None or empty, and so may its text where it has images.
 
     Raises:
-        BadRecord: a text is missing, of another type, empty, only white space, or no valid Unicode; messages are no
-            list of mappings with a role and a content; the message names the one at fault by its index, from 0.
+        MissingValue: a text is missing, empty or only white space; there are no messages, or one has no content; an
+            image is missing.
+        BadImage: an image is of a type that none has.
+        BadRecord: a text is of another type, or no valid Unicode; messages are no list of mappings with a role and a
+            content. The message names the one at fault by its index, from 0.
     """
     if isinstance(prompt, Chat):
         _require_messages(prompt.messages)
     elif isinstance(prompt, Prompt):
         _require_prompt(prompt)
     else:
-        raise BadRecord(f"the prompt is {_kind(prompt)}, not a text, a Prompt or a Chat")
+        raise _no("a text, a Prompt or a Chat", prompt, "the prompt")
 
 
 def require_no_images(prompt: Prompt | Chat, engine: str) -> None:
@@ -62,27 +65,29 @@ def require_options(sampling: SamplingParameters, missing: Sequence[str], engine
 def _require_prompt(prompt: Prompt) -> None:
     text, system, images = prompt.text, prompt.system, prompt.images
     if not isinstance(text, str):
-        raise BadRecord(f"the prompt is {_kind(text)}, not a text")
-    if not isinstance(images, tuple | list) or not all(image and isinstance(image, str | bytes) for image in images):
-        raise BadRecord("the images are no tuple of bytes, paths or data: URLs, or one of them is missing or empty")
+        raise _no("a text", text, "the prompt")
+    if not isinstance(images, tuple | list):
+        raise _no("a tuple of bytes, paths or data: URLs", images, "Prompt.images", BadImage)
+    for number, image in enumerate(images, 1):
+        checked_image(image, f"image {number}")
     if (not text or text.isspace()) and not images:
-        raise BadRecord("the prompt is empty")
+        raise MissingValue("the prompt is empty")
     if system is not None and not isinstance(system, str):
-        raise BadRecord(f"the system text is {_kind(system)}, not a text")
+        raise _no("a text", system, "the system text")
     _require_unicode(text, "the prompt")
     _require_unicode(system or "", "the prompt")
 
 
 def _require_messages(messages: Sequence[Mapping[str, object]]) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise BadRecord(f"the conversation is {_kind(messages)}, not a list of messages")
+        raise _no("a list of messages", messages, "the conversation")
     if not messages:
-        raise BadRecord("the conversation is empty")
+        raise MissingValue("the conversation is empty")
     asked = False
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise BadRecord(f"{where} is {_kind(message)}, not a mapping with 'role' and 'content'")
+            raise _no("a mapping with 'role' and 'content'", message, where)
         role = message.get("role")
         if not isinstance(role, str) or not role:
             raise BadRecord(f"{where} has no role: it must be a text such as 'user', it is {_kind(role)}")
@@ -93,7 +98,7 @@ def _require_messages(messages: Sequence[Mapping[str, object]]) -> None:
                 _require_unicode(value, f"{where}.content")
             asked = asked or kind == "image" or bool(value and not value.isspace())
     if not asked:
-        raise BadRecord(f"messages[{len(messages) - 1}], which the model is to answer, is empty")
+        raise MissingValue(f"messages[{len(messages) - 1}], which the model is to answer, is empty")
 
 
 def _require_unicode(text: str, where: str) -> None:
@@ -106,7 +111,15 @@ def _require_unicode(text: str, where: str) -> None:
         ) from error
 
 
+def _no(wanted: str, value: object, what: str, kind: type[BadRecord] = BadRecord) -> BadRecord:
+    return (MissingValue if _is_missing(value) else kind)(f"{what} is {_kind(value)}, not {wanted}")
+
+
 def _kind(value: object) -> str:
-    if value is None:
-        return "missing (None)"
-    return "an empty text" if value == "" else f"of type {type(value).__name__}"
+    if _is_missing(value):
+        return "missing (None)" if value is None else "an empty text"
+    return f"of type {type(value).__name__}"
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value)

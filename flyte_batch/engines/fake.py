@@ -16,7 +16,7 @@ from typing import Any, Self, cast
 
 from flyte_batch.engines.checks import require_no_images, require_text
 from flyte_batch.engines.messages import messages_of
-from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory
+from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory, PromptTooLong
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters
 
 
@@ -112,8 +112,8 @@ class FakeEngine:
         """Count the words of all messages; the text of the last one is what is answered.
 
         Raises:
-            BadRecord: no text or an empty one (`require_text`), images that it was not told to take, or as many words
-                as the context or more.
+            PromptTooLong: as many words as the context or more.
+            BadRecord: as `require_text`, or images that it was not told to take.
         """
         if self._takes_images:
             require_text(prompt)
@@ -122,7 +122,7 @@ class FakeEngine:
         contents = [message["content"] for message in messages_of(prompt)]
         words = tuple(word for content in contents for word in _words(content))
         if len(words) >= self.context:
-            raise BadRecord(
+            raise PromptTooLong(
                 f"the prompt has {len(words)} tokens, the model's context holds {self.context} with the response: "
                 "shorten it, or leave out rows like it"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flyte_batch.errors import BadRecord
+from flyte_batch.errors import BadImage, BadRecord, MissingValue
 from flyte_batch.records import Chat, Prompt
 
 # Where an image part may keep its picture: OpenAI's spelling first, then those of transformers' chat templates.
@@ -25,7 +25,7 @@ def messages_of(prompt: Prompt | Chat) -> list[dict[str, Any]]:
     is a list of ``{"type": "text", "text": ...}`` and ``{"type": "image"}``: `images_of` has the pictures.
 
     Raises:
-        BadRecord: a `Chat`'s content is no text and no list of text and image parts.
+        BadRecord: as `content_parts`, of a `Chat`.
     """
     if isinstance(prompt, Prompt):
         content: Any = prompt.text
@@ -69,13 +69,15 @@ def content_parts(message: Mapping[str, Any], where: str) -> list[tuple[str, str
         where: names the message in errors.
 
     Raises:
-        BadRecord: the content is missing, no text, or has a part that is neither text nor image.
+        MissingValue: there is no content, or a part without its text or image.
+        BadImage: a part has something else for an image.
+        BadRecord: the content is no text, or has a part that is neither text nor image.
     """
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return []
     if content is None:
-        raise BadRecord(f"{where} has no content: give it a text, or leave the message out")
+        raise MissingValue(f"{where} has no content: give it a text, or leave the message out")
     if isinstance(content, str):
         return [("text", content)]
     if not isinstance(content, Sequence) or isinstance(content, bytes):
@@ -91,17 +93,35 @@ def _part(part: object, where: str) -> tuple[str, str | bytes]:
     kind = part.get("type")
     if kind == "text":
         text = part.get("text")
+        if text is None:
+            raise MissingValue(f"{where} is a text part without a text")
         if not isinstance(text, str):
-            raise BadRecord(f"{where} is a text part without a text")
+            raise BadRecord(f"{where}.text is of type {type(text).__name__}, not a text")
         return "text", text
     if kind not in _IMAGE_KEYS:
         raise BadRecord(f"{where} has the type {kind!r}; a part is of type 'text', 'image_url' or 'image'")
     image = _first(part, _IMAGE_KEYS[kind])
     if isinstance(image, Mapping):
         image = _first(image, _OBJECT_KEYS)
-    if not isinstance(image, str | bytes) or not image:
-        raise BadRecord(f"{where} is an image part without an image: give the bytes, a path or a data: URL of one")
-    return "image", image
+    return "image", checked_image(image, f"the image of {where}")
+
+
+def checked_image(image: object, what: str) -> str | bytes:
+    """The image, if it may be one.
+
+    Args:
+        image: anything.
+        what: names it in errors.
+
+    Raises:
+        MissingValue: it is None or empty.
+        BadImage: it is of a type that no image has.
+    """
+    if isinstance(image, str | bytes) and image:
+        return image
+    if image is None or isinstance(image, str | bytes):
+        raise MissingValue(f"{what} is missing or empty: give the bytes, a path or a data: URL of one")
+    raise BadImage(f"{what} is of type {type(image).__name__}: give the bytes, a path or a data: URL of one")
 
 
 def _first(mapping: Mapping[str, Any], keys: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from flyte_batch.errors import BadRecord
+from flyte_batch.errors import BadImage
 
 _WHITE = (255, 255, 255)
 
@@ -22,7 +22,7 @@ def decode_picture(picture: bytes | str, number: int) -> Any:
         number: which of the record's pictures it is, from 1, for messages.
 
     Raises:
-        BadRecord: there is no such file, it is no picture, or it is broken.
+        BadImage: there is no such file, it is no picture, or it is broken.
     """
     from PIL import Image
 
@@ -39,10 +39,10 @@ def decode_picture(picture: bytes | str, number: int) -> Any:
             opaque.paste(layer, mask=layer.getchannel("A"))
             return opaque
     except Image.DecompressionBombError as error:
-        raise BadRecord(f"image {number} is too large: {error}") from error
+        raise BadImage(f"image {number} is too large: {error}") from error
     except Exception as error:  # each decoder raises its own kinds: OSError, SyntaxError, struct.error, ...
         kind = "cannot be decoded" if len(content) else "is empty"
-        raise BadRecord(
+        raise BadImage(
             f"image {number} {kind} ({type(error).__name__}: {error}): it is broken, or no picture"
         ) from error
 
@@ -51,17 +51,17 @@ def _content(picture: str, number: int) -> bytes:
     if picture.startswith("data:"):
         head, comma, body = picture.partition(",")
         if not comma:
-            raise BadRecord(f"image {number} is a data: URL without a comma before its data")
+            raise BadImage(f"image {number} is a data: URL without a comma before its data")
         try:
             return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
         except (binascii.Error, ValueError) as error:
-            raise BadRecord(f"image {number} is a data: URL whose base64 is broken: {error}") from error
+            raise BadImage(f"image {number} is a data: URL whose base64 is broken: {error}") from error
     if "://" in picture:
-        raise BadRecord(
+        raise BadImage(
             f"image {number} is remote ({picture[:100]}): nothing is downloaded while a device waits; fetch the "
             "pictures beforehand and give their bytes or paths"
         )
     try:
         return Path(picture).read_bytes()
     except (OSError, ValueError) as error:
-        raise BadRecord(f"image {number} cannot be read: {error}") from error
+        raise BadImage(f"image {number} cannot be read: {error}") from error

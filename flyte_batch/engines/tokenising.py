@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flyte_batch.engines.checks import require_text
 from flyte_batch.engines.messages import messages_of
-from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.errors import BadInput, BadRecord, PromptTooLong
 from flyte_batch.records import Chat, Prompt
 
 if TYPE_CHECKING:
@@ -141,11 +141,12 @@ class PromptTokeniser:
         """Render and tokenise one prompt. Of images only their place in the text is tokenised.
 
         Raises:
-            BadRecord: as `render`, or the prompt leaves no room for a single token of response.
+            PromptTooLong: the prompt leaves no room for a single token of response.
+            BadRecord: as `render`, or the tokenizer makes nothing of it.
         """
         text = self.render(prompt)
         if len(text) > self._most_characters:  # before tokenising, which takes seconds and gigabytes for megabytes
-            raise BadRecord(
+            raise PromptTooLong(
                 f"the prompt has {len(text):,} characters, so more than {self.context} tokens, the model's context "
                 f"holds {self.context} with the response: shorten it, or leave out rows like it"
             )
@@ -157,7 +158,7 @@ class PromptTokeniser:
         if not ids:
             raise BadRecord("the prompt has no tokens that the model knows")
         if len(ids) >= self.context:
-            raise BadRecord(
+            raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, the model's context holds {self.context} with the response: "
                 "shorten it, or leave out rows like it"
             )
@@ -167,8 +168,8 @@ class PromptTokeniser:
         """The text that the model is fed, special tokens of the template included.
 
         Raises:
-            BadRecord: the prompt is not a text or conversation, is empty, is no valid Unicode, or is refused by the
-                chat template; a conversation for a model that has no chat template.
+            BadRecord: as `require_text`; the chat template refuses the prompt; a conversation for a model that has no
+                chat template.
         """
         require_text(prompt)
         if self.template is not None:

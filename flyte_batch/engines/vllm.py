@@ -29,7 +29,7 @@ from flyte_batch.engines.structured import ResponseCheck
 from flyte_batch.engines.tokenising import TokenisedPrompt
 from flyte_batch.engines.vllm_options import VLLMOptions, mixed_seed, one_line
 from flyte_batch.engines.vllm_start import Launch, Started, build, refuse_import_of_main, stream_arguments
-from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError
+from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError, PromptTooLong
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters
 
 T = TypeVar("T")
@@ -212,6 +212,7 @@ class VLLMEngine:
 
         Raises:
             EngineDead: the engine was closed or died.
+            PromptTooLong: with its pictures, the prompt is longer than the context.
             BadRecord: vLLM refuses this record.
             BadResponse: the response does not have the form that was asked for.
             EngineError: vLLM failed on this record; the engine goes on.
@@ -371,7 +372,8 @@ class VLLMEngine:
         if isinstance(error, EngineGenerateError) and isinstance(error.__cause__, Exception):
             error = error.__cause__
         if isinstance(error, VLLMClientError | ValueError | TypeError | OverflowError):
-            return BadRecord(f"vLLM refuses the record: {one_line(error)}")
+            kind = PromptTooLong if _is_of_length(error) else BadRecord
+            return kind(f"vLLM refuses the record: {one_line(error)}")
         return EngineError(f"vLLM failed on the record ({type(error).__name__}): {one_line(error)}")
 
     def _dead(self) -> EngineDead:
@@ -418,6 +420,12 @@ def _end_at_exit(engine: weakref.ref[VLLMEngine]) -> None:
     found = engine()
     if found is not None:
         found._end()
+
+
+def _is_of_length(error: Exception) -> bool:
+    """Whether vLLM refused a prompt for its length; it names what it measured, or says so in words."""
+    measured = getattr(error, "parameter", None)
+    return measured in ("input_text", "input_tokens") or "longer than the maximum model length" in str(error)
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -16,7 +16,7 @@ from flyte_batch.demo import model_path
 from flyte_batch.engines.checks import require_no_images
 from flyte_batch.engines.messages import images_of, messages_of
 from flyte_batch.engines.tokenising import ChatTemplate, ModelFolder, PromptTokeniser
-from flyte_batch.errors import BadInput, BadRecord
+from flyte_batch.errors import BadImage, BadInput, BadRecord, MissingValue, PromptTooLong
 from flyte_batch.records import Chat, Prompt
 
 CHATML = (
@@ -174,21 +174,26 @@ class TestTokenising:
         assert plain.tokenizer.decode(list(plain.prepare(Prompt("Hi")).ids)) == "Hi"
 
     @pytest.mark.parametrize(
-        ("prompt", "why"),
+        ("prompt", "kind", "why"),
         [
-            (Prompt(""), "empty"),
-            (Prompt(" \n\t"), "empty"),
-            (Prompt(cast(str, None)), "missing"),
-            (Prompt(cast(str, 3)), "type int"),
-            (Prompt("Hi", system=cast(str, 3)), "system text is of type int"),
-            (Prompt("a\ud800b"), "character 1 is half of a surrogate pair"),
-            (Prompt("Hi", system="\udfff"), "surrogate"),
-            (Prompt("cups " * 400), r"tokens, the model's context holds 100"),
+            (Prompt(""), MissingValue, "empty"),
+            (Prompt(" \n\t"), MissingValue, "empty"),
+            (Prompt(cast(str, None)), MissingValue, "missing"),
+            (cast(Prompt, None), MissingValue, "the prompt is missing"),
+            (Prompt(cast(str, 3)), BadRecord, "type int"),
+            (Prompt("Hi", system=cast(str, 3)), BadRecord, "system text is of type int"),
+            (Prompt("a\ud800b"), BadRecord, "character 1 is half of a surrogate pair"),
+            (Prompt("Hi", system="\udfff"), BadRecord, "surrogate"),
+            (Prompt("cups " * 400), PromptTooLong, r"tokens, the model's context holds 100"),
+            (Prompt("cups " * 4000), PromptTooLong, r"characters, so more than 100 tokens"),
         ],
     )
-    def test_says_what_is_wrong_with_a_prompt(self, tokeniser: PromptTokeniser, prompt: Prompt, why: str) -> None:
-        with pytest.raises(BadRecord, match=why):
+    def test_says_what_is_wrong_with_a_prompt(
+        self, tokeniser: PromptTokeniser, prompt: Prompt, kind: type[BadRecord], why: str
+    ) -> None:
+        with pytest.raises(BadRecord, match=why) as raised:
             tokeniser.prepare(prompt)
+        assert raised.type is kind
 
     @given(text=st.text(max_size=60), system=st.none() | st.text(max_size=20))
     def test_any_text_is_a_prompt_within_the_context_or_a_bad_record(
@@ -262,36 +267,44 @@ class TestAConversation:
             plain.prepare(Chat([user("Hi")]))
 
     @pytest.mark.parametrize(
-        ("messages", "why"),
+        ("messages", "kind", "why"),
         [
-            ([], "conversation is empty"),
-            (None, "missing"),
-            ("Hi", "of type str, not a list"),
-            (["Hi"], r"messages\[0\] is of type str"),
-            ([user("Hi"), None], r"messages\[1\] is missing"),
-            ([{"content": "Hi"}], r"messages\[0\] has no role.*missing"),
-            ([{"role": "", "content": "Hi"}], r"messages\[0\] has no role.*empty"),
-            ([{"role": 3, "content": "Hi"}], r"messages\[0\] has no role.*type int"),
-            ([{"role": "\ud800", "content": "Hi"}], r"messages\[0\].role is no valid Unicode"),
-            ([user("Hi"), user(None)], r"messages\[1\] has no content"),
-            ([user(None, tool_calls=None)], r"messages\[0\] has no content"),
-            ([user(7), user("Hi")], r"messages\[0\].content is of type int"),
-            ([user(b"Hi")], r"messages\[0\].content is of type bytes"),
-            ([user("a\ud800")], r"messages\[0\].content is no valid Unicode.*character 1"),
-            ([user([text_part("\ud800")])], r"messages\[0\].content is no valid Unicode"),
-            ([user("Hi"), user(" ")], r"messages\[1\], which the model is to answer, is empty"),
-            ([user([])], r"messages\[0\], which the model is to answer, is empty"),
-            ([user(["Hi", 3])], r"messages\[0\].content\[1\] is of type int"),
-            ([user([{"type": "text", "text": None}])], r"messages\[0\].content\[0\] is a text part without a text"),
-            ([user([{"type": "video", "video": "a.mp4"}])], r"messages\[0\].content\[0\] has the type 'video'"),
-            ([user([{"type": "image_url", "image_url": None}])], r"content\[0\] is an image part without an image"),
+            ([], MissingValue, "conversation is empty"),
+            (None, MissingValue, "missing"),
+            ("Hi", BadRecord, "of type str, not a list"),
+            (["Hi"], BadRecord, r"messages\[0\] is of type str"),
+            ([user("Hi"), None], MissingValue, r"messages\[1\] is missing"),
+            ([{"content": "Hi"}], BadRecord, r"messages\[0\] has no role.*missing"),
+            ([{"role": "", "content": "Hi"}], BadRecord, r"messages\[0\] has no role.*empty"),
+            ([{"role": 3, "content": "Hi"}], BadRecord, r"messages\[0\] has no role.*type int"),
+            ([{"role": "\ud800", "content": "Hi"}], BadRecord, r"messages\[0\].role is no valid Unicode"),
+            ([user("Hi"), user(None)], MissingValue, r"messages\[1\] has no content"),
+            ([user(None, tool_calls=None)], MissingValue, r"messages\[0\] has no content"),
+            ([user(7), user("Hi")], BadRecord, r"messages\[0\].content is of type int"),
+            ([user(b"Hi")], BadRecord, r"messages\[0\].content is of type bytes"),
+            ([user("a\ud800")], BadRecord, r"messages\[0\].content is no valid Unicode.*character 1"),
+            ([user([text_part("\ud800")])], BadRecord, r"messages\[0\].content is no valid Unicode"),
+            ([user("Hi"), user(" ")], MissingValue, r"messages\[1\], which the model is to answer, is empty"),
+            ([user([])], MissingValue, r"messages\[0\], which the model is to answer, is empty"),
+            ([user(["Hi", 3])], BadRecord, r"messages\[0\].content\[1\] is of type int"),
+            ([user([{"type": "text", "text": None}])], MissingValue, r"content\[0\] is a text part without a text"),
+            ([user([{"type": "text", "text": 3}])], BadRecord, r"content\[0\].text is of type int, not a text"),
+            ([user([{"type": "video", "video": "a.mp4"}])], BadRecord, r"content\[0\] has the type 'video'"),
+            ([user([{"type": "image_url", "image_url": None}])], MissingValue, r"content\[0\] is missing or empty"),
+            (
+                [user([{"type": "image", "image": b""}])],
+                MissingValue,
+                r"image of messages\[0\].content\[0\] is missing",
+            ),
+            ([user([{"type": "image", "image": 3}])], BadImage, r"image of messages\[0\].content\[0\] is of type int"),
         ],
     )
     def test_that_cannot_be_answered_is_refused_and_its_message_named(
-        self, tokeniser: PromptTokeniser, messages: Any, why: str
+        self, tokeniser: PromptTokeniser, messages: Any, kind: type[BadRecord], why: str
     ) -> None:
-        with pytest.raises(BadRecord, match=why):
+        with pytest.raises(BadRecord, match=why) as raised:
             tokeniser.prepare(Chat(messages))
+        assert raised.type is kind
 
     def test_is_a_prompt_or_a_chat_and_nothing_else(self, tokeniser: PromptTokeniser) -> None:
         with pytest.raises(BadRecord, match="of type dict, not a text, a Prompt or a Chat"):
@@ -341,7 +354,18 @@ class TestPictures:
             require_no_images(prompt, "this one")
         require_no_images(Prompt("Hi"), "this one")
 
-    @pytest.mark.parametrize("images", ["a.png", (b"",), (None,), None])
-    def test_that_are_none_are_a_bad_record(self, tokeniser: PromptTokeniser, images: Any) -> None:
-        with pytest.raises(BadRecord, match="the images are no tuple"):
+    @pytest.mark.parametrize(
+        ("images", "kind", "why"),
+        [
+            (None, MissingValue, "Prompt.images is missing"),
+            ((b"",), MissingValue, "image 1 is missing or empty"),
+            ((b"png", None), MissingValue, "image 2 is missing or empty"),
+            ("a.png", BadImage, "Prompt.images is of type str, not a tuple"),
+            ((3,), BadImage, "image 1 is of type int"),
+        ],
+    )
+    def test_that_are_missing_or_none_are_a_bad_record(
+        self, tokeniser: PromptTokeniser, images: Any, kind: type[BadRecord], why: str
+    ) -> None:
+        with pytest.raises(kind, match=why):
             tokeniser.prepare(Prompt("Hi", images=images))

@@ -21,7 +21,7 @@ from flyte_batch.cores import available_cores
 from flyte_batch.engines import ctranslate2 as module
 from flyte_batch.engines.ctranslate2 import CTranslate2Engine
 from flyte_batch.engines.tokenising import TokenisedPrompt
-from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError, EngineOutOfMemory
+from flyte_batch.errors import BadInput, BadRecord, EngineDead, EngineError, EngineOutOfMemory, PromptTooLong
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters, StructuredOutput
 
 QUESTIONS = [f"Ben has {n} cups and gives {n // 2} of them to a friend. How many cups are left?" for n in range(2, 42)]
@@ -238,7 +238,7 @@ class TestTheContext:
 
     async def test_rejects_a_prompt_that_leaves_no_room_naming_both_numbers(self, model: Path) -> None:
         async with started(model, max_model_len=30) as engine:
-            with pytest.raises(BadRecord, match=r"\d+ tokens.*holds 30"):
+            with pytest.raises(PromptTooLong, match=r"\d+ tokens.*holds 30"):
                 engine.prepare(Prompt("cups " * 40))
 
     async def test_limits_the_response_of_a_long_prompt_and_of_no_other(self, model: Path) -> None:
@@ -460,5 +460,5 @@ async def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenised(
 ) -> None:
     async with started(model) as engine:
         monkeypatch.delattr(engine._tokeniser, "tokenizer")  # whoever tokenises it now fails differently
-        with pytest.raises(BadRecord, match="5,000,021 characters, so more than 2048 tokens"):
+        with pytest.raises(PromptTooLong, match="5,000,021 characters, so more than 2048 tokens"):
             engine.prepare(Prompt("why? " * 1_000_000))

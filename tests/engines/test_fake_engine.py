@@ -8,7 +8,7 @@ import pytest
 
 from flyte_batch.engines import FakeEngine
 from flyte_batch.engines.fake import FakeRecord
-from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory
+from flyte_batch.errors import BadRecord, EngineDead, EngineOutOfMemory, MissingValue, PromptTooLong
 from flyte_batch.records import Completion, Prompt, SamplingParameters
 
 
@@ -107,14 +107,14 @@ async def test_it_dies_after_as_many_batches_as_told_and_stays_dead() -> None:
 
 def test_a_prompt_as_long_as_the_context_is_rejected_and_a_long_one_may_answer_less() -> None:
     engine = FakeEngine(context=4, sampling=SamplingParameters(max_tokens=3))
-    with pytest.raises(BadRecord, match=r"4 tokens.*holds 4"):
+    with pytest.raises(PromptTooLong, match=r"4 tokens.*holds 4"):
         engine.prepare(Prompt("1 2 3 4"))
     assert engine.estimate_cost(engine.prepare(Prompt("1 2 3"))) == 4
     assert engine.estimate_cost(engine.prepare(Prompt("1", system="2"))) == 4
     assert engine.estimate_cost(engine.prepare(Prompt("1"))) == 4
 
 
-@pytest.mark.parametrize("text", ["", "  ", "\ud800"])
-def test_it_rejects_what_the_real_engines_reject(text: str) -> None:
-    with pytest.raises(BadRecord):
+@pytest.mark.parametrize(("text", "kind"), [("", MissingValue), ("  ", MissingValue), ("\ud800", BadRecord)])
+def test_it_rejects_what_the_real_engines_reject(text: str, kind: type[BadRecord]) -> None:
+    with pytest.raises(kind):
         FakeEngine().prepare(Prompt(text))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flyte_batch.engines.pictures import decode_picture
-from flyte_batch.errors import BadRecord
+from flyte_batch.errors import BadImage
 
 image_module = pytest.importorskip("PIL.Image", reason="pillow comes with the extra vllm: make test-vllm")
 
@@ -60,11 +60,11 @@ def test_every_mode_becomes_rgb_with_transparency_on_white(mode: str, color: obj
     ],
 )
 def test_what_is_no_picture_says_which_and_why(picture: bytes | str, why: str) -> None:
-    with pytest.raises(BadRecord, match=why):
+    with pytest.raises(BadImage, match=why):
         decode_picture(picture, 3)
 
 
 def test_a_picture_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_module, "MAX_IMAGE_PIXELS", 4)
-    with pytest.raises(BadRecord, match="image 1 is too large"):
+    with pytest.raises(BadImage, match="image 1 is too large"):
         decode_picture(encoded(), 1)

@@ -165,8 +165,8 @@ def test_a_run_pushes_what_its_manifest_says(gateway: Gateway, tmp_path: Path) -
     assert (totals["rows"], totals["failures"]) == (50, 5)
     assert told("rows_total", outcome="ok") == told("records_total", engine="FakeEngine", outcome="ok") == 45
     assert told("rows_total", outcome="failed") == 5
-    assert told("row_failures_total", cause="BadRecord") == totals["causes"]["BadRecord"] == 5
-    assert told("record_failures_total", stage="prepare", cause="BadRecord") == 5
+    assert told("row_failures_total", cause="MissingValue") == totals["causes"]["MissingValue"] == 5
+    assert told("record_failures_total", stage="prepare", cause="MissingValue") == 5
     assert told("tokens_total", kind="prompt") == totals["prompt_tokens"] > 0
     assert told("tokens_total", kind="response") == totals["response_tokens"] > 0
     assert told("chunks_total", outcome="done") == len(manifest["parts"]) == 3

@@ -65,6 +65,7 @@ def test_report_prometheus_traces_logs_and_manifest_agree_with_each_other_and_wi
         "response_tokens": sum(row["response_tokens"] or 0 for row in table),
     }
     assert (truth["rows"], truth["failures"]) == (ROWS, EMPTY + LONG)
+    assert errors == {"MissingValue": EMPTY, "PromptTooLong": LONG}
     chunks = -(-ROWS // 64)
     answered = ROWS - EMPTY - LONG
 

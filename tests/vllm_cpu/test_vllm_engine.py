@@ -15,7 +15,7 @@ from flyte_batch.demo.problems import generate, is_right
 from flyte_batch.engines import ContinuousEngine, VLLMEngine, contract
 from flyte_batch.engines.tokenising import PromptTokeniser, TokenisedPrompt
 from flyte_batch.engines.vllm import VLLMRecord
-from flyte_batch.errors import BadRecord, BadResponse, EngineDead
+from flyte_batch.errors import BadImage, BadRecord, BadResponse, EngineDead, MissingValue, PromptTooLong
 from flyte_batch.records import Chat, Completion, Prompt, SamplingParameters, StructuredOutput
 from tests.vllm_cpu.starting import Start, Variant
 
@@ -102,29 +102,38 @@ class TestAnswers:
 
 class TestBadRecords:
     @pytest.mark.parametrize(
-        ("prompt", "why"),
+        ("prompt", "kind", "why"),
         [
-            (Prompt("word " * 2000), "context holds 512"),
-            (Prompt("   "), "empty"),
-            (Prompt("What is this?", images=(b"\x89PNG",)), "takes texts only: use a vision model"),
-            (Chat([]), "conversation is empty"),
+            (Prompt("word " * 2000), PromptTooLong, "context holds 512"),
+            (Prompt("   "), MissingValue, "empty"),
+            (Prompt("What is this?", images=(b"\x89PNG",)), BadRecord, "takes texts only: use a vision model"),
+            (Chat([]), MissingValue, "conversation is empty"),
         ],
     )
-    def test_prepare_says_what_is_wrong(self, engine: VLLMEngine, prompt: Prompt | Chat, why: str) -> None:
-        with pytest.raises(BadRecord, match=why):
+    def test_prepare_says_what_is_wrong(
+        self, engine: VLLMEngine, prompt: Prompt | Chat, kind: type[BadRecord], why: str
+    ) -> None:
+        with pytest.raises(kind, match=why):
             engine.prepare(prompt)
 
     @pytest.mark.parametrize(
-        ("ids", "why"),
-        [([5] * 600, "longer than the maximum model length"), ([5, 99_999], "99999"), ([], "cannot be empty")],
+        ("ids", "kind", "why"),
+        [
+            ([5] * 600, PromptTooLong, "longer than the maximum model length"),
+            ([5] * 512, PromptTooLong, "longer than the maximum model length"),
+            ([5, 99_999], BadRecord, "99999"),
+            ([], BadRecord, "cannot be empty"),
+        ],
     )
-    async def test_what_vllm_refuses_fails_alone(self, engine: VLLMEngine, ids: list[int], why: str) -> None:
+    async def test_what_vllm_refuses_fails_alone(
+        self, engine: VLLMEngine, ids: list[int], kind: type[BadRecord], why: str
+    ) -> None:
         good = [engine.prepare(Prompt(question)) for question in QUESTIONS[:3]]
         expected = await engine.infer(good)
         poison = VLLMRecord(TokenisedPrompt(array("I", ids), 10))
         results = await engine.infer([good[0], poison, *good[1:]])
         assert [results[0], *results[2:]] == expected
-        assert isinstance(results[1], BadRecord)
+        assert type(results[1]) is kind
         assert why in str(results[1])
         assert "\n" not in str(results[1])
         assert unfinished(engine) == 0
@@ -320,7 +329,7 @@ class TestPictures:
         assert list(engine.prompt_ids(record)) == list(engine.prompt_ids(plain))
 
     async def test_a_broken_one_fails_alone(self, variant: Variant) -> None:
-        with pytest.raises(BadRecord, match="image 2 cannot be decoded"):
+        with pytest.raises(BadImage, match="image 2 cannot be decoded"):
             self.seeing(variant).prepare(Prompt("What are these?", images=(picture("red"), b"\x89PNG broken")))
 
 
