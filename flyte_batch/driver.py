@@ -28,6 +28,7 @@ from flyte_batch.monitoring.scope import new_scope
 from flyte_batch.planning.chunks import few_at_once, is_sound, plan_chunk_rows
 from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
+from flyte_batch.progress.texts import by_earlier_runs
 from flyte_batch.replica import check_driver
 from flyte_batch.report.formats import percent, seconds
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper
@@ -196,7 +197,8 @@ async def run(
     async with ReportKeeper(log, target.location):
         with RunView(log, progress) as view:
             if parts:
-                view.say(f"{len(parts)} of {len(chunks)} chunks are finished already")
+                rows_there = f"{plan.rows_reused:,} of {rows:,} rows"
+                view.say(f"{len(parts)} of {len(chunks)} chunks ({rows_there}) are finished already, by earlier runs")
             manifest = await fan.run(view)
         summary = RunSummary(
             rows=manifest.rows,
@@ -210,10 +212,11 @@ async def run(
             output=target.path,
         )
         why = ", see the column 'error'" if summary.failures else ""
+        done = f"{summary.rows:,} rows{by_earlier_runs(summary.rows, plan.rows_reused)}"
+        busy = f", device busy {percent(summary.utilization)}" if log.engines else ""
         view.say(
-            f"{summary.rows:,} rows, {summary.failures:,} failed{why}; {seconds(summary.seconds)}, "
-            f"device busy {percent(summary.utilization)}; {summary.chunks} parts, {summary.chunks_reused} of them "
-            f"kept: {summary.output}; how it went: {PAGE_FILE} there"
+            f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; {summary.chunks} parts, "
+            f"{summary.chunks_reused} of them kept: {summary.output}; how it went: {PAGE_FILE} there"
         )
     return summary
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -283,6 +284,28 @@ async def test_chunks_that_cannot_fill_a_batch_are_warned_about_with_the_size_th
         "batch: its device will wait. Raise chunk_size to 32 or the replicas' concurrency to 13"
     )
     assert warnings == ([expected] if warned else [])
+
+
+async def test_a_resumed_run_says_which_rows_are_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = questions(tmp_path / "in.jsonl", 95), tmp_path / "out"
+
+    async def said() -> list[str]:
+        await go(source, output, Worker(), chunk_size=10, concurrency=8, progress="plain")
+        return capsys.readouterr().out.splitlines()
+
+    lines = await said()
+    assert not [line for line in lines if "earlier" in line]
+    for part in sorted(output.glob("part-*.parquet"))[:3]:
+        part.unlink()
+    begun, *lines, last = await said()
+    assert begun == "7 of 10 chunks (65 of 95 rows) are finished already, by earlier runs"
+    assert lines[-1].startswith("95/95 rows (100%), 65 by earlier runs, ")
+    assert re.match(r"95 rows, 65 by earlier runs, 0 failed; .*, device busy .*; 10 parts, 7 of them kept: ", last)
+    begun, last = await said()
+    assert begun == "10 of 10 chunks (95 of 95 rows) are finished already, by earlier runs"
+    assert re.match(r"95 rows, all by earlier runs, 0 failed; [^,]*; 10 parts, 10 of them kept: ", last)
 
 
 async def test_the_last_rows_of_a_run_that_is_resumed_are_no_reason_to_warn(

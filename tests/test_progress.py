@@ -68,7 +68,8 @@ def test_a_line_says_how_far_how_fast_and_how_long_still_and_not_more_often_than
         add(log, clock.now, 300, BadRecord=2)
         view.refresh()
         assert out.getvalue() == (
-            "600/1,000 rows (60%), 100 rows/s, 4 s left, 2 failed (BadRecord 2), 1,000 tokens/s, device busy 65%\n"
+            "600/1,000 rows (60%), 200 by earlier runs, "
+            "100 rows/s, 4 s left, 2 failed (BadRecord 2), 1,000 tokens/s, device busy 65%\n"
         )
         clock.now += 0.1
         add(log, clock.now)
@@ -76,7 +77,11 @@ def test_a_line_says_how_far_how_fast_and_how_long_still_and_not_more_often_than
         assert out.getvalue().count("\n") == 1
         add(log, clock.now, 300)
         view.refresh()
-        assert out.getvalue().splitlines()[-1].startswith("1,000/1,000 rows (100%), 195 rows/s, 2 failed")
+        assert (
+            out.getvalue()
+            .splitlines()[-1]
+            .startswith("1,000/1,000 rows (100%), 200 by earlier runs, 195 rows/s, 2 failed")
+        )
     assert out.getvalue().count("\n") == 2  # the last line is not said twice
 
 

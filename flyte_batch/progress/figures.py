@@ -40,6 +40,7 @@ class Figures:
     Attributes:
         total: rows of the output.
         done: rows in committed parts, those of earlier runs included.
+        reused: those of ``done`` that earlier runs did.
         failures: those of ``done`` without a response.
         causes: class of the error -> rows of ``failures``, the most frequent first.
         tokens: of prompts and responses, of this run.
@@ -54,6 +55,7 @@ class Figures:
 
     total: int
     done: int
+    reused: int
     failures: int
     causes: Sequence[tuple[str, int]]
     tokens: int
@@ -75,6 +77,7 @@ class Figures:
         return cls(
             total=log.plan.rows,
             done=log.rows,
+            reused=log.plan.rows_reused,
             failures=log.failures,
             causes=sorted(log.causes.items(), key=lambda item: -item[1]),
             tokens=sum(engine.tokens for engine in log.engines.values()),

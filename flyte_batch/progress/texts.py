@@ -12,7 +12,7 @@ MOST_CAUSES = 3
 
 
 def line(figures: Figures, pace: Pace, now: float) -> str:
-    """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed, 9,120 tokens/s, device busy 91%``."""
+    """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed, 9,120 tokens/s, device busy 91%``; see `rows`."""
     left = pace.left(now)
     parts = [
         rows(figures),
@@ -30,8 +30,14 @@ def line(figures: Figures, pace: Pace, now: float) -> str:
 
 
 def rows(figures: Figures) -> str:
-    """``1,200/5,000 rows (24%)``."""
-    return f"{figures.done:,}/{figures.total:,} rows ({percent(figures.done / max(1, figures.total))})"
+    """``1,200/5,000 rows (24%), 300 by earlier runs``."""
+    text = f"{figures.done:,}/{figures.total:,} rows ({percent(figures.done / max(1, figures.total))})"
+    return text + by_earlier_runs(figures.done, figures.reused)
+
+
+def by_earlier_runs(rows: int, reused: int) -> str:
+    """``, 300 by earlier runs``: what follows the number of rows where not all of them are this run's."""
+    return f", {'all' if reused == rows else f'{reused:,}'} by earlier runs" if reused else ""
 
 
 def failures(figures: Figures) -> str:

@@ -189,6 +189,17 @@ def test_it_shows_what_is_known_of_the_run(start: Start) -> None:
     assert run.screen.cursor.hidden
 
 
+def test_it_says_which_rows_are_of_earlier_runs(start: Start) -> None:
+    run = start()
+    run.do("import dataclasses", "view.__exit__(None, None, None)")
+    run.do("log.rows, log.plan = 500, dataclasses.replace(log.plan, rows_reused=500, chunks_reused=5)")
+    run.do("view = RunView(log, clock=lambda: clock[0]).__enter__()")
+    run.wait_for("500/1,000 rows (50%), all by earlier runs")
+    run.do("chunk('host-1', {})")
+    run.wait_for("600/1,000 rows (60%), 500 by earlier runs\nspeed     10 rows/s")
+    run.do("view.__exit__(None, None, None)")
+
+
 def test_it_leaves_a_summary_and_a_terminal_as_it_was(start: Start) -> None:
     run = start()
     run.do(*["chunk('host-1', {})"] * 10, "log.outcome = 'done'")
