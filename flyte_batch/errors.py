@@ -24,17 +24,27 @@ Failures are counted by class, so a class is worth its name where the remedy is 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 MOST_CAUSES = 20
 """Classes of errors that are told apart where failures are counted; the others are `OTHER_CAUSES`."""
 OTHER_CAUSES = "other"
+MESSAGE_CHARS = 200
+"""Of an error's message, where logs and traces quote it and nobody said how much of it."""
 
 
-def counted_as(cause: str, known: Collection[str]) -> str:
-    """The cause itself, or `OTHER_CAUSES` where `MOST_CAUSES` others are ``known`` and it is not among them."""
-    told_apart = len(known) - (OTHER_CAUSES in known)
-    return cause if cause in known or told_apart < MOST_CAUSES else OTHER_CAUSES
+def counted_as(cause: str, known: set[str]) -> str:
+    """The name under which a failure is counted, so that code which makes classes on the fly fills no memory.
+
+    Args:
+        cause: class of the error.
+        known: the causes that are counted already; a new one is added, as long as there are fewer than `MOST_CAUSES`.
+
+    Returns:
+        The cause, or `OTHER_CAUSES` where there was no more room for it.
+    """
+    if cause not in known and len(known - {OTHER_CAUSES}) >= MOST_CAUSES:
+        return OTHER_CAUSES
+    known.add(cause)
+    return cause
 
 
 class FlyteBatchError(Exception):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES
 from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, added, bound, count_tokens, percentile
 from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
 from flyte_batch.report.run_log import (
@@ -121,6 +122,20 @@ def test_sums_failures_and_examples_come_from_the_chunks() -> None:
     assert (log.causes, log.latencies, log.prompt_lengths) == ({"BadRecord": 6}, {0.1: 9}, {4.0: 24})
     assert [example.row for example in log.examples] == [3, 4]  # others said the same
     assert (log.died, log.engine_deaths) == (["x", "y"], 2)  # three chunks told of the same two
+
+
+def test_causes_beyond_the_first_so_many_are_others_and_their_sum_is_still_that_of_the_failures() -> None:
+    log = RunLog("out", "in", {}, PLAN)
+    for index in range(50):
+        known = {f"Error{number}": 1 for number in range(10 * index, 10 * index + 10)}
+        examples = tuple(Example(index, cause, "why") for cause in known)
+        causes = known | {"Error3": 3, OTHER_CAUSES: 1}
+        log.add_chunk(ChunkEntry(index, 20, 14, 0, 0), details("a", 0, 1, 2, causes=causes, examples=examples))
+    assert len(log.causes) == MOST_CAUSES + 1
+    assert sum(log.causes.values()) == 14 * 50 - 1
+    assert list(log.causes)[:2] == [OTHER_CAUSES, "Error3"]
+    assert log.causes["Error3"] == 3 * 50
+    assert {example.cause for example in log.examples} == log.causes.keys() - {OTHER_CAUSES}
 
 
 def test_what_a_replica_tells_of_its_gpus_leaves_those_of_others_alone() -> None:

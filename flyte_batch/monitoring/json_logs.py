@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal, TextIO, get_args
 
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MESSAGE_CHARS, BadInput
 from flyte_batch.monitoring.events import (
     BatchDone,
     BatchFormed,
@@ -73,7 +73,9 @@ class JsonLogs:
         BadInput: an option that cannot work.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, level: Level = "debug", message_chars: int = 200) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, level: Level = "debug", message_chars: int = MESSAGE_CHARS
+    ) -> None:
         if level not in _LEVELS:
             raise BadInput(f"level must be one of {', '.join(_LEVELS)}, got {level!r}")
         if message_chars < 0:

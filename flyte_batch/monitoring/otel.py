@@ -32,7 +32,7 @@ from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, Statu
 from opentelemetry.util.types import AttributeValue
 
 import flyte_batch
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MESSAGE_CHARS, BadInput, counted_as
 from flyte_batch.monitoring import hooks, metrics, scope
 from flyte_batch.monitoring.events import (
     BatchDone,
@@ -102,7 +102,7 @@ class OtelHook:
         *,
         sample_records: float = 0.01,
         batches_per_chunk: int = 1000,
-        message_chars: int = 200,
+        message_chars: int = MESSAGE_CHARS,
         rng: random.Random | None = None,
     ) -> None:
         if not 0 <= sample_records <= 1:
@@ -478,6 +478,7 @@ class _Metrics:
         self._closed = False
         self._engines: dict[str, str] = {}  # of batchers, by id
         self._device_s: dict[tuple[str, str], float] = {}  # as told last
+        self._causes: set[str] = set()
         self._rows = self._counter(metrics.ROWS)
         self._row_failures = self._counter(metrics.ROW_FAILURES)
         self._tokens = self._counter(metrics.TOKENS)
@@ -519,7 +520,7 @@ class _Metrics:
             self._latency_s.record(latency, callers[caller])
 
     def record_failed(self, event: RecordFailed) -> None:
-        self._record_failures.add(1, {"stage": event.stage, "cause": event.error})
+        self._record_failures.add(1, {"stage": event.stage, "cause": counted_as(event.error, self._causes)})
 
     def chunk_done(self, event: ChunkDone) -> None:
         self._chunks.add(1, {"outcome": "done"})
@@ -527,7 +528,7 @@ class _Metrics:
         self._rows.add(event.rows - event.failures, _OK)
         self._rows.add(event.failures, _FAILED)
         for cause, rows in event.causes.items():
-            self._row_failures.add(rows, {"cause": cause})
+            self._row_failures.add(rows, {"cause": counted_as(cause, self._causes)})
         self._tokens.add(event.prompt_tokens, {"kind": "prompt"})
         self._tokens.add(event.response_tokens, {"kind": "response"})
 

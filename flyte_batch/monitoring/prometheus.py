@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 import flyte_batch
-from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput
+from flyte_batch.errors import BadInput, counted_as
 from flyte_batch.monitoring import events as ev
 from flyte_batch.monitoring import gpu, hooks, metrics
 from flyte_batch.monitoring.metrics import Metric
@@ -232,7 +232,7 @@ class PrometheusHook(Collector):
             counts.histogram(metrics.RECORD_LATENCY, engine, caller).observe_all(share.latencies)
 
     def _record_failed(self, event: ev.RecordFailed) -> None:
-        self._counts.add(metrics.RECORD_FAILURES, event.stage, self._cause(event.error))
+        self._counts.add(metrics.RECORD_FAILURES, event.stage, counted_as(event.error, self._causes))
 
     def _chunk_started(self, event: ev.ChunkStarted) -> None:
         self._chunks.add(event.scope)
@@ -245,7 +245,7 @@ class PrometheusHook(Collector):
         counts.add(metrics.ROWS, "ok", number=event.rows - event.failures)
         counts.add(metrics.ROWS, "failed", number=event.failures)
         for cause, rows in event.causes.items():
-            counts.add(metrics.ROW_FAILURES, self._cause(cause), number=rows)
+            counts.add(metrics.ROW_FAILURES, counted_as(cause, self._causes), number=rows)
         counts.add(metrics.TOKENS, "prompt", number=event.prompt_tokens)
         counts.add(metrics.TOKENS, "response", number=event.response_tokens)
 
@@ -286,15 +286,6 @@ class PrometheusHook(Collector):
         run = self._runs.get(event.scope)
         if run is not None:
             run.is_over = True
-
-    def _cause(self, error: str) -> str:
-        """The error's class, or what stands for all beyond the first so many."""
-        if error in self._causes:
-            return error
-        if len(self._causes) < MOST_CAUSES:
-            self._causes.add(error)
-            return error
-        return OTHER_CAUSES
 
     # -- Batchers ------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from flyte_batch.errors import counted_as
 from flyte_batch.histograms import added
 from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
 from flyte_batch.monitoring.gpu import GpuUse, merged
@@ -32,7 +33,7 @@ MOST_SAMPLES_OF_ALL = 20_000
 FEWEST_SAMPLES = 20
 """Of one engine, however many there are."""
 MOST_EXAMPLES = 5
-"""Failed rows of each cause, whose messages say different things."""
+"""Failed rows of each cause in the log's ``causes``, whose messages say different things."""
 MOST_STALLS = 200
 MOST_OF_ANYTHING = 1e15
 """A number in a file that is larger is none of ours: no run has so many tokens, joules, bytes or seconds."""
@@ -193,7 +194,8 @@ class RunLog:
         failures: those of ``rows`` without a response.
         prompt_tokens: of ``rows``.
         response_tokens: of ``rows``.
-        causes: class of the error -> rows of ``failures``.
+        causes: class of the error -> rows of ``failures``, the most frequent first; beyond
+            `flyte_batch.errors.MOST_CAUSES` of them `flyte_batch.errors.OTHER_CAUSES`.
         prompt_lengths: histogram of ``rows`` by tokens, failed ones left out.
         response_lengths: the same of responses.
         latencies: histogram of this run's records: seconds from a batcher's queue to the result.
@@ -248,7 +250,10 @@ class RunLog:
         self.failures += failures
         self.prompt_tokens += prompt_tokens
         self.response_tokens += response_tokens
-        self.causes = dict((Counter(self.causes) + Counter(causes)).most_common())
+        sums, known = Counter(self.causes), set(self.causes)
+        for cause, failed in causes.items():
+            sums[counted_as(cause, known)] += failed
+        self.causes = dict(sums.most_common())
         self.prompt_lengths = added((self.prompt_lengths, prompt_lengths))
         self.response_lengths = added((self.response_lengths, response_lengths))
 
@@ -272,7 +277,7 @@ class RunLog:
         self.latencies = added((self.latencies, details.latencies))
         for example in details.examples:
             alike = [known.gist for known in self.examples if known.cause == example.cause]
-            if len(alike) < MOST_EXAMPLES and example.gist not in alike:
+            if example.cause in self.causes and len(alike) < MOST_EXAMPLES and example.gist not in alike:
                 self.examples.append(example)
         engine = self.engines.setdefault(
             details.batcher,

@@ -15,6 +15,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client import CollectorRegistry
 
 import flyte_batch as fb
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES
 from flyte_batch.monitoring import events, hooks, metrics
 from flyte_batch.monitoring.events import Scope, Share
 from flyte_batch.monitoring.otel import OtelHook
@@ -92,6 +93,18 @@ async def test_labels_and_buckets_are_those_of_the_definitions() -> None:
         assert set(point.attributes) - {"batcher"} == set(metric.labels)
         assert point.bounds == metric.buckets
         assert point.is_counter == (metric.kind == "counter")
+
+
+def test_causes_beyond_the_first_so_many_are_others() -> None:
+    causes = {f"Error{number}": 1 for number in range(100)}
+    with tracing() as (collector, _):
+        hooks.emit(events.ChunkDone(time.time(), Scope(), 100, 100, 0, 0, 0.1, causes))
+        for cause in causes:
+            hooks.emit(events.RecordFailed(time.time(), Scope(), "prepare", cause, ""))
+    for name in ("flyte_batch.row_failures", "flyte_batch.record_failures"):
+        found = {point.attributes["cause"]: point.value for point in collector.metric(name)}
+        assert len(found) == MOST_CAUSES + 1
+        assert found[OTHER_CAUSES] == 100 - MOST_CAUSES
 
 
 async def test_the_time_of_the_device_is_told_by_state_and_the_queue_by_engine() -> None:
