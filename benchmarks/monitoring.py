@@ -2,11 +2,12 @@
 
     python benchmarks/monitoring.py [--rounds N] [--seconds S]
 
-The device is simulated: it takes 10,000 records a second and no more. Eight callers keep it busy. Three ways to it:
+The device is simulated: it takes 10,000 records a second and no more. Eight callers keep it busy. Four ways to it:
 
 - batches: `DynamicBatcher`, a plain function on a thread, 256 records a batch, `map`;
 - records: the same, 1,000 callers that each submit a record and wait for it;
-- steps: `ContinuousBatcher`, 100 records a step of 10 ms, as vLLM gives them back.
+- steps: `ContinuousBatcher`, 100 records a step of 10 ms; the engine steps in a process of its own, as vLLM's does;
+- steps in here: the same, but the engine steps on the event loop, and waits whenever that is busy.
 
 "All" is the recorder that workers use for the report, JSON lines (to /dev/null), Prometheus (scraped every second), and
 OpenTelemetry's spans and metrics through its SDK (to an exporter that throws them away). Throughput is what users lose;
@@ -19,10 +20,15 @@ import argparse
 import asyncio
 import gc
 import os
+import select
+import socket
 import statistics
+import struct
+import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,6 +52,7 @@ from flyte_batch.monitoring.scope import new_scope, scope_entered
 RATE = 10_000
 BATCH = 256
 STEP_RECORDS = 100
+COUNT = struct.Struct("=I")
 CALLERS = 8
 
 
@@ -115,7 +122,72 @@ def batches() -> Any:
     return fb.DynamicBatcher[int, int](device, max_batch_size=BATCH, max_queue_size=20 * BATCH, turn_size=64)
 
 
+class EngineElsewhere(fb.FakeContinuousEngine):
+    """Steps in a process of its own; both sides say over a socket how many records go, in the order they came."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=STEP_RECORDS)
+        self._socket, others = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--device", str(others.fileno())], pass_fds=[others.fileno()]
+        )
+        others.close()
+        self._socket.recv(COUNT.size)  # it is there
+        self._socket.setblocking(False)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._received)
+        self._inside: deque[asyncio.Future[fb.Completion]] = deque()
+        self._unsent = 0
+
+    async def generate(self, record: Any) -> fb.Completion:
+        if not self._unsent:
+            self._loop.call_soon(self._send)
+        self._unsent += 1
+        future: asyncio.Future[fb.Completion] = self._loop.create_future()
+        self._inside.append(future)
+        return await future
+
+    def _send(self) -> None:
+        self._socket.send(COUNT.pack(self._unsent))
+        self._unsent = 0
+
+    def _received(self) -> None:
+        for (records,) in COUNT.iter_unpack(self._socket.recv(64 * COUNT.size)):
+            for _ in range(records):
+                self._inside.popleft().set_result(fb.Completion("x", "stop", 1, 1))
+
+    async def aclose(self) -> None:
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        self._process.wait()
+        await super().aclose()
+
+
+def step_for_others(connection: socket.socket) -> None:
+    """What `EngineElsewhere`'s process does, until the other side is gone."""
+    waiting, next_at = 0, 0.0
+    connection.sendall(COUNT.pack(0))
+    while True:
+        pause = max(0.0, next_at - time.monotonic()) if waiting else None
+        if select.select([connection], [], [], pause)[0]:
+            received = connection.recv(64 * COUNT.size)
+            if not received:
+                return
+            if not waiting:
+                next_at = max(next_at, time.monotonic()) + STEP_RECORDS / RATE
+            waiting += sum(records for (records,) in COUNT.iter_unpack(received))
+        elif waiting:
+            done = min(STEP_RECORDS, waiting)
+            waiting -= done
+            next_at += STEP_RECORDS / RATE
+            connection.sendall(COUNT.pack(done))
+
+
 def steps() -> Any:
+    return fb.ContinuousBatcher(EngineElsewhere())
+
+
+def steps_in_here() -> Any:
     engine = fb.FakeContinuousEngine(lambda text: "x", slots=STEP_RECORDS, seconds_per_step=STEP_RECORDS / RATE)
     return fb.ContinuousBatcher(engine)
 
@@ -139,7 +211,12 @@ async def with_submit(batcher: Any, deadline: float, block: Sequence[Any]) -> in
 
 
 Way = tuple[Callable[[], Any], Callable[[Any, float, Sequence[Any]], Awaitable[int]]]
-WAYS: dict[str, Way] = {"batches": (batches, with_map), "records": (batches, with_submit), "steps": (steps, with_map)}
+WAYS: dict[str, Way] = {
+    "batches": (batches, with_map),
+    "records": (batches, with_submit),
+    "steps": (steps, with_map),
+    "steps in here": (steps_in_here, with_map),
+}
 
 
 async def measured(way: Way, backends: list[Any], seconds: float) -> tuple[float, float]:
@@ -175,7 +252,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--device", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device is not None:
+        step_for_others(socket.socket(fileno=options.device))
+        return
     print(conditions("prometheus-client", "opentelemetry-sdk"))
     for name, way in WAYS.items():
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in BACKENDS}

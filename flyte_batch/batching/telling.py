@@ -1,7 +1,7 @@
 """What a batcher tells of its records, gathered per caller: a record costs a few additions.
 
-What came back is kept, and told of a moment later, when what comes next is on its way to the device: no device waits for
-those who hear of the last batch. Nothing is gathered while nobody listens.
+What came back is kept, and told of a moment later, when what comes next is on its way to the device: no device waits
+for those who hear of the last batch. Nothing is gathered while nobody listens.
 """
 
 from __future__ import annotations
