@@ -8,6 +8,8 @@ sets it for local runs:
 - ``push:http://gateway:9091``: the same metrics, pushed to a Pushgateway.
 - ``otel``: spans and metrics through the global OpenTelemetry providers. Where the program has set none, they are those
   of ``flyteplugins-otel`` and of OpenTelemetry's SDK, which send to ``OTEL_EXPORTER_OTLP_ENDPOINT``.
+
+One entry is no backend: ``message_chars:0`` leaves messages of errors out of logs and spans, another number cuts them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from flyte_batch.errors import BadInput
+from flyte_batch.errors import MESSAGE_CHARS, BadInput
 from flyte_batch.monitoring import hooks
 
 VARIABLE = "FLYTE_BATCH_MONITORING"
@@ -40,29 +42,54 @@ _attached = False
 
 def named(value: str) -> list[str]:
     """The backends that a value of the variable names, each once; ``logs:debug`` has all that ``logs`` has."""
-    names = dict.fromkeys(name for each in value.split(",") if (name := each.strip()))
+    names = [entry for entry in _entries(value) if not _is_of_messages(entry)]
     return [name for name in names if name != "logs" or "logs:debug" not in names]
 
 
-def _of_this_process() -> list[str]:
-    return named(os.environ.get(VARIABLE, ""))
+def _entries(value: str) -> list[str]:
+    return list(dict.fromkeys(entry for each in value.split(",") if (entry := each.strip())))
+
+
+def _is_of_messages(entry: str) -> bool:
+    return entry.partition(":")[0] == "message_chars"
+
+
+def _message_chars(value: str) -> int:
+    """To how many characters logs and spans cut messages of errors.
+
+    Raises:
+        BadInput: no number, or several.
+    """
+    given = [entry for entry in _entries(value) if _is_of_messages(entry)]
+    number = given[0].partition(":")[2] if given else str(MESSAGE_CHARS)
+    if len(given) > 1 or not number.isdecimal():
+        raise BadInput(
+            f"monitoring: {','.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
+            "messages of errors out of logs and spans"
+        )
+    return int(number)
+
+
+def _of_this_process() -> str:
+    return os.environ.get(VARIABLE, "")
 
 
 def check_backends(given: Sequence[str] | str) -> str:
     """The variable's value for these backends, given as a list or as that value.
 
     Raises:
-        BadInput: one that there is not, or an address that is none.
+        BadInput: one that there is not, an address that is none, or ``message_chars`` without a number.
     """
-    names = named(given if isinstance(given, str) else ",".join(given))
+    value = given if isinstance(given, str) else ",".join(given)
+    message_chars, names = _message_chars(value), named(value)
     for name in names:
-        _attacher(name)
-    return ",".join(names)
+        _attacher(name, message_chars)
+    return ",".join([*names, *filter(_is_of_messages, _entries(value))])
 
 
 def start_tracing() -> None:
     """If ``otel`` is named, let Flyte's tasks have spans; called before one begins, as its span is opened first."""
-    if "otel" not in _of_this_process():
+    if "otel" not in named(_of_this_process()):
         return
     try:
         from flyteplugins import otel
@@ -78,9 +105,15 @@ def attach_backends() -> None:
         if _attached:
             return
         _attached = True
-    for name in _of_this_process():
+    value = _of_this_process()
+    try:
+        message_chars = _message_chars(value)
+    except BadInput as error:
+        logger.warning("messages of errors are left out: %s", error)
+        message_chars = 0  # somebody wanted less of them: nothing may be quoted by mistake
+    for name in named(value):
         try:
-            _attacher(name)()
+            _attacher(name, message_chars)()
         except ImportError as error:
             logger.warning(
                 "monitoring: %s is off, because %s can't be imported: install flyte-batch with the extra monitoring",
@@ -92,13 +125,13 @@ def attach_backends() -> None:
             logger.warning("%s is off: %s", what, error)
 
 
-def _attacher(name: str) -> Callable[[], None]:
+def _attacher(name: str, message_chars: int) -> Callable[[], None]:
     """What attaches a backend."""
     kind, _, rest = name.partition(":")
     if kind == "logs" and rest in ("", "debug"):
-        return lambda: _logs("debug" if rest else "info")
+        return lambda: _logs("debug" if rest else "info", message_chars)
     if kind == "otel" and not rest:
-        return _otel
+        return lambda: _otel(message_chars)
     if kind == "prometheus":
         host, _, port = rest.rpartition(":")
         if not rest or port.isdecimal():
@@ -109,14 +142,14 @@ def _attacher(name: str) -> Callable[[], None]:
         return lambda: _push(rest)
     raise BadInput(
         f"monitoring: {name!r} is no backend; there are logs, logs:debug, otel, prometheus, prometheus:PORT, "
-        "prometheus:HOST:PORT and push:http://GATEWAY"
+        "prometheus:HOST:PORT and push:http://GATEWAY, and message_chars:NUMBER beside them"
     )
 
 
-def _logs(level: Literal["info", "debug"]) -> None:
+def _logs(level: Literal["info", "debug"], message_chars: int) -> None:
     from flyte_batch.monitoring.json_logs import JsonLogs
 
-    hooks.subscribe(JsonLogs(level=level))
+    hooks.subscribe(JsonLogs(level=level, message_chars=message_chars))
 
 
 @functools.cache
@@ -140,7 +173,7 @@ def _push(gateway: str) -> None:
     atexit.register(push(gateway).close)
 
 
-def _otel() -> None:
+def _otel(message_chars: int) -> None:
     from opentelemetry import metrics
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.sdk.metrics import MeterProvider
@@ -151,4 +184,4 @@ def _otel() -> None:
     start_tracing()
     if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, METRICS_ENDPOINTS)):
         metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
-    hooks.subscribe(OtelHook())
+    hooks.subscribe(OtelHook(message_chars=message_chars))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import flyte_batch as fb
-from flyte_batch.monitoring.backends import VARIABLE, check_backends
-from tests.helpers import ENVIRONMENT, ROOT, questions
+from flyte_batch.monitoring.backends import VARIABLE, check_backends, named
+from tests.helpers import ENVIRONMENT, ROOT, questions, write_jsonl
 
 PROGRAM = """
 import asyncio, sys
@@ -28,10 +28,13 @@ asyncio.run(fb.run(sys.argv[1], sys.argv[2], infer_chunk, chunk_size=10, progres
 """
 
 
-def run(folder: Path, backends: str, more: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, backends: str, more: str = "", source: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM + more, questions(folder / "in.jsonl", 20), str(folder / "out")],
-        cwd=ROOT, env={**ENVIRONMENT, VARIABLE: backends}, capture_output=True, text=True, timeout=60, check=False,
+        [sys.executable, "-c", PROGRAM + more, source or questions(folder / "in.jsonl", 20), str(folder / "out")],
+        cwd=ROOT, env={**ENVIRONMENT, VARIABLE: backends, **environment}, capture_output=True, text=True, timeout=60,
+        check=False,
     )  # fmt: skip
 
 
@@ -103,6 +106,63 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra(tmp_path: Path)
     assert "prometheus is off, because prometheus_client can't be imported: install flyte-batch with the extra" in (
         done.stderr
     )
+
+
+def failing(folder: Path) -> str:
+    """A source of two rows, the first of which fails with `MESSAGE`."""
+    return write_jsonl(folder / "in.jsonl", [{"question": "long " * 5000}, {"question": "fine"}])
+
+
+MESSAGE = (
+    "the prompt has 5000 tokens, the model's context holds 4096 with the response: "
+    "shorten it, or leave out rows like it"
+)
+
+
+def messages_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Those of failed records in the log."""
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    return [line["message"] for line in lines if line["event"] == "record_failed"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("", MESSAGE), (",message_chars:10", "the prompt"), (",message_chars:0", "")],
+)
+def test_messages_of_errors_are_cut_or_left_out_of_logs(tmp_path: Path, entry: str, message: str) -> None:
+    assert messages_of(run(tmp_path, f"logs{entry}", source=failing(tmp_path))) == [message]
+
+
+@pytest.mark.parametrize(("entry", "message"), [("", MESSAGE), (",message_chars:0", None)])
+def test_messages_of_errors_are_left_out_of_spans(tmp_path: Path, entry: str, message: str | None) -> None:
+    pytest.importorskip("flyteplugins.otel", reason="needs the extra monitoring")
+    from tests.monitoring.otlp_collector import collecting
+
+    with collecting() as collector:
+        done = run(tmp_path, f"otel{entry}", source=failing(tmp_path), OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+    assert done.returncode == 0, done.stderr
+    (exception,) = collector.one("chunk").events
+    assert exception.attributes["exception.type"] == "PromptTooLong"
+    assert exception.attributes.get("exception.message") == message
+
+
+@pytest.mark.parametrize("entry", ["message_chars", "message_chars:none", "message_chars:0,message_chars:9"])
+def test_a_wrong_number_of_characters_is_refused_and_in_a_shell_quotes_nothing(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(fb.BadInput, match=f"'{entry}' must be one number of characters, as in message_chars:0"):
+        fb.replica_environment("r", image="auto", monitoring=f"logs,{entry}")
+    done = run(tmp_path, f"logs,{entry}", source=failing(tmp_path))
+    assert messages_of(done) == [""]
+    assert f"messages of errors are left out: monitoring: '{entry}' must be" in done.stderr
+
+
+def test_the_number_of_characters_goes_to_the_containers_and_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
+    given = ["message_chars:0", "otel", "logs"]
+    variables = fb.driver_environment("d", monitoring=given).env_vars or {}
+    assert variables[VARIABLE] == "otel,logs,message_chars:0"
+    assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+    assert named(variables[VARIABLE]) == ["otel", "logs"]
 
 
 def test_environments_refuse_a_backend_that_there_is_not_and_a_secret_in_an_address() -> None:
