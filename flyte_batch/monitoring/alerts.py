@@ -98,9 +98,9 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
             "{{ $value | humanizePercentage }} of the records of {{ $labels.job }} fail.",
             f"More than {limits.error_rate:.0%} of the records that got an outcome within ten minutes, or of the rows "
             "that were committed, failed.",
-            "Look at the panels of failed records and rows by cause, and at the column error of the parts. BadRecord "
-            "and the like are the data's fault, anything else the engine's or the code's: stop the run, correct it, "
-            "and run it again with --retry_failures.",
+            "Look at the panels of failed records and rows by cause, and at the column error of the parts. "
+            "MissingValue, PromptTooLong, BadImage and BadRecord are the data's fault, anything else the engine's or "
+            "the code's: stop the run, correct it, and run it again with --retry_failures.",
         ),
         _rule(
             "FlyteBatchStarved",
