@@ -1,4 +1,4 @@
-"""A run's progress as a view at the end of a terminal that refreshes itself; what is printed meanwhile goes above.
+"""A view at the end of a terminal that refreshes itself; what is printed meanwhile goes above.
 
 Loads rich: import it only where there is a terminal.
 """
@@ -7,102 +7,154 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import IO, TextIO, cast
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from threading import Thread, current_thread
+from typing import IO, TextIO, TypeVar, cast
 from weakref import WeakSet
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.constrain import Constrain
 from rich.file_proxy import FileProxy
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
-from flyte_batch.progress import texts
-from flyte_batch.progress.figures import Figures, Pace, Replica
 from flyte_batch.progress.terminal import is_terminal
-from flyte_batch.report.formats import number, percent, seconds
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-FRAMES_PER_S = 4.0
+SECONDS_BETWEEN_FRAMES = 0.25
 WIDEST = 100
-MOST_REPLICAS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """What a frame shows.
-
-    Attributes:
-        figures: at the end of the last chunk.
-        pace: of the run.
-        now: seconds, of the pace's clock.
-        queues: records that wait, and those on devices, now; None where other processes hold them.
-        is_over: whether the run has ended.
-    """
-
-    figures: Figures
-    pace: Pace
-    now: float
-    queues: tuple[int, int] | None
-    is_over: bool
+PATIENCE_S = 1.0
+"""For what is being drawn when its caller is interrupted: a terminal may be stopped, and never take it."""
 
 
 class LiveView:
-    """Shows a run until `stop`, which leaves the last frame where it is.
+    """Shows something until `stop`, which leaves the last frame where it is.
 
     What this process prints on a terminal meanwhile, log handlers included, is put above the view.
 
     Args:
         out: the terminal.
-        look: gives what to show; called on a thread of the view's own.
+        frame: gives what to show on a terminal of so many columns; called on a thread of the view's own.
     """
 
-    def __init__(self, out: TextIO, look: Callable[[], Moment]) -> None:
-        self._look = look
+    def __init__(self, out: TextIO, frame: Callable[[int], RenderableType]) -> None:
+        self._draw = frame
         self._frame: RenderableType = ""
         self._error: Exception | None = None
         self._console = Console(file=out, force_terminal=True, force_jupyter=False, markup=False, highlight=False)
         self._live = Live(
             console=self._console,
-            refresh_per_second=FRAMES_PER_S,
+            auto_refresh=False,
             redirect_stdout=False,
             redirect_stderr=False,
             vertical_overflow="crop",
             get_renderable=self._render,
         )
-        self._above = _Above(self._console)
+        self._drawer = _Drawer(self._refresh)
+        self._above = _Above(self._console, self._drawer)
 
     def start(self) -> None:
+        self._drawer.start()
         self._above.take()
-        self._live.start(refresh=True)
+        self._drawer.do(lambda: self._live.start(refresh=True))
 
     def stop(self) -> None:
         """Leave the last frame, give the terminal back."""
         self._above.give_back()
-        self._live.stop()
+        self._drawer.do(self._live.stop)
+        self._drawer.end()
         if self._error is not None:
-            logger.warning("the view of the run's progress failed: it may have shown old figures", exc_info=self._error)
+            logger.warning("the view of the progress failed: it may have shown old figures", exc_info=self._error)
 
     def say(self, line: str) -> None:
         """Print a line above the view."""
-        self._console.print(Text(line))
+        self._drawer.do(lambda: self._console.print(Text(line)))
+
+    def _refresh(self) -> None:
+        try:
+            self._live.refresh()
+        except Exception as error:
+            self._error = error
 
     def _render(self) -> RenderableType:
         try:
-            self._frame = Constrain(frame(self._look(), min(WIDEST, self._console.width)), WIDEST)
+            self._frame = Constrain(self._draw(min(WIDEST, self._console.width)), WIDEST)
         except Exception as error:  # of a view: no reason to lose a run
             self._error = error  # logged at the end: a handler may be waiting for the view to print above it
         return self._frame
 
 
+class _Drawer(Thread):
+    """Draws all that is drawn, one after the other: Ctrl-C breaks off what the main thread does, but not a frame here.
+
+    Args:
+        refresh: draws a frame; called every `SECONDS_BETWEEN_FRAMES`.
+    """
+
+    def __init__(self, refresh: Callable[[], object]) -> None:
+        super().__init__(name="flyte-batch-view", daemon=True)
+        self._refresh = refresh
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        due = time.monotonic() + SECONDS_BETWEEN_FRAMES
+        while True:
+            try:
+                job = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                pass
+            else:
+                if job is None:
+                    return
+                job()
+            if time.monotonic() >= due:
+                self._refresh()
+                due = time.monotonic() + SECONDS_BETWEEN_FRAMES
+
+    def do(self, draw: Callable[[], T]) -> T:
+        """Have something drawn, and wait for it; where this is interrupted, what is drawn is not."""
+        if current_thread() is self or not self.is_alive():  # as in a forked process
+            return draw()
+        drawn: futures.Future[T] = futures.Future()
+
+        def job() -> None:
+            try:
+                drawn.set_result(draw())
+            except BaseException as error:
+                drawn.set_exception(error)
+
+        self._jobs.put(job)
+        try:
+            futures.wait([drawn])
+        except BaseException:
+            futures.wait([drawn], PATIENCE_S)
+            raise
+        return drawn.result()
+
+    def end(self) -> None:
+        """Draw nothing any more."""
+        self._jobs.put(None)
+
+
 class _AboveProxy(FileProxy):
     """Prints above a live view whatever is written to it."""
+
+    def __init__(self, console: Console, stream: TextIO, drawer: _Drawer) -> None:
+        super().__init__(console, stream)
+        self._drawer = drawer
+
+    def write(self, text: str) -> int:
+        return self._drawer.do(lambda: super(_AboveProxy, self).write(text))
+
+    def flush(self) -> None:
+        self._drawer.do(super().flush)
 
     @property
     def rich_proxied_file(self) -> IO[str]:
@@ -113,15 +165,16 @@ class _AboveProxy(FileProxy):
 class _Above:
     """Has what this process writes to terminals printed above a view: ``sys.stdout``, ``sys.stderr``, log handlers."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, drawer: _Drawer) -> None:
         self._console = console
+        self._drawer = drawer
         self._taken: dict[str, tuple[TextIO, TextIO]] = {}
 
     def take(self) -> None:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if is_terminal(stream):
-                proxy = cast(TextIO, _AboveProxy(self._console, stream))
+                proxy = cast(TextIO, _AboveProxy(self._console, stream, self._drawer))
                 self._taken[name] = stream, proxy
                 setattr(sys, name, proxy)
         for handler in _stream_handlers():
@@ -161,69 +214,3 @@ def _stream_handlers() -> Iterator[logging.StreamHandler[TextIO]]:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler):
                 yield handler
-
-
-def frame(moment: Moment, width: int) -> RenderableType:
-    """The view, for a terminal of so many columns."""
-    figures, pace, now = moment.figures, moment.pace, moment.now
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row("rows", _bar(figures, width))
-    grid.add_row("speed", _speed(figures, pace, now))
-    grid.add_row("time", _time(moment))
-    if figures.shares.total > 0:
-        where = texts.idle(figures.shares)
-        grid.add_row("devices", f"busy {percent(figures.shares.utilization)}" + (f"; {where}" if where else ""))
-    if not moment.is_over and (moment.queues is not None or figures.replicas):
-        queued, running = moment.queues or (figures.queued, figures.running)
-        grid.add_row("queue", f"{queued:,} waiting, {running:,} on the devices")
-    grid.add_row("failures", Text(texts.failures(figures), style="red" if figures.failures else ""))
-    if figures.chunks_failed:
-        grid.add_row("chunks", Text(f"{figures.chunks_failed:,} calls failed", style="red"))
-    if figures.engine_deaths:
-        grid.add_row("engines", Text(f"{figures.engine_deaths:,} died", style="red"))
-    if not figures.replicas:
-        return grid
-    return Group(grid, _replicas(figures.replicas, width))
-
-
-def _bar(figures: Figures, width: int) -> RenderableType:
-    text = texts.rows(figures)
-    row = Table.grid(padding=(0, 2, 0, 0))
-    bar = ProgressBar(max(1, figures.total), figures.done, width=min(40, width - len(text) - 13))
-    row.add_row(bar, text)
-    return row if width - len(text) >= 20 else Text(text)
-
-
-def _speed(figures: Figures, pace: Pace, now: float) -> str:
-    recent, elapsed = pace.recent_rate(now), pace.elapsed(now)
-    if not pace.rate(now):
-        return "no chunk has ended yet"
-    text = f"{number(pace.rate(now))} rows/s"
-    if recent is not None:
-        text += f" (lately {number(recent)})"
-    if figures.tokens and elapsed > 0:
-        text += f", {number(figures.tokens / elapsed)} tokens/s"
-    return text
-
-
-def _time(moment: Moment) -> str:
-    elapsed = timedelta(seconds=int(moment.pace.elapsed(moment.now)))
-    if moment.is_over:
-        return f"{elapsed}, {'stopped' if moment.figures.outcome == 'running' else moment.figures.outcome}"
-    left = moment.pace.left(moment.now)
-    return f"{elapsed}, " + ("time left not known yet" if left is None else f"about {seconds(left)} left")
-
-
-def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for justify in ("right", "right", "left"):
-        grid.add_column(justify=justify, no_wrap=True)
-    for each in replicas[:MOST_REPLICAS]:
-        name = texts.printable(f"{each.engine} {each.name}")
-        name = name if len(name) <= width - 30 else ".." + name[32 - width :]  # what tells pods apart is at the end
-        grid.add_row(f"{number(each.rows_per_s)} rows/s", f"busy {percent(each.utilization)}", Text(name))
-    more = len(replicas) - MOST_REPLICAS
-    lines: list[RenderableType] = [Text("replicas", style="bold"), grid, *([f"and {more:,} more"] if more > 0 else [])]
-    return Group(*lines)

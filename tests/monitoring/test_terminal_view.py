@@ -237,6 +237,14 @@ def test_what_others_print_goes_above_it_whole(start: Start) -> None:
     assert sum(line.startswith("rows ") for line in lines) == 1
 
 
+def test_it_goes_on_while_others_print_without_a_pause(start: Start, tmp_path: Path) -> None:
+    run, enough = start(), tmp_path / "enough"
+    run.do("chunk('host-1', {})", f"while not os.path.exists({str(enough)!r}): print('line')")
+    run.wait_for("100/1,000 rows")
+    enough.touch()
+    assert run.end() == 0
+
+
 def test_afterwards_everything_is_written_to_the_terminal_itself_again(start: Start) -> None:
     run = start()
     run.do("view.__exit__(None, None, None)", "print(type(sys.stdout).__name__, type(sys.stderr).__name__)")
@@ -339,11 +347,11 @@ def test_a_view_that_fails_is_one_warning_and_costs_no_run(start: Start) -> None
     run = start()
     run.do("chunk('host-1', {'BadRecord': 1})")
     run.wait_for("1 failed")
-    run.do("view._live._look = None", "view._live._live.refresh()", "view._live._live.refresh()")
+    run.do("view._display._live._draw = None", "view._display._live._refresh()", "view._display._live._refresh()")
     run.do("print('still here')")
     run.wait_for("still here")
     assert run.end() == 0
-    assert run.text.count("the view of the run's progress failed") == 1
+    assert run.text.count("the view of the progress failed") == 1
     assert "100/1,000 rows" in run.text
 
 
@@ -373,6 +381,44 @@ def test_ctrl_c_gives_the_cursor_back_and_says_how_far_it_came(start: Start, tmp
     assert not run.screen.cursor.hidden
     assert "time      0:00:10, stopped" in run.text
     assert run.text.index("stopped") < run.text.index("KeyboardInterrupt")
+
+
+INTERRUPTED = """
+import io, os, signal, sys
+from flyte_batch.progress import RunView
+from flyte_batch.report.run_log import Plan, RunLog
+
+class Interrupting(io.TextIOBase):
+    encoding = "utf-8"
+    moments = sys.argv[1:]
+
+    def write(self, text):
+        if self.moments and self.moments[0] in text:
+            self.moments.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1_000_000):  # time to hear of it
+                pass
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+
+log = RunLog("out", "source", {}, Plan(1000, 10, 100, 0, 0, 2, 1, 256, 100.0), started=1000.0)
+with RunView(log, "live", Interrupting(), clock=lambda: 1010.0) as view:
+    view.say("a line above")
+"""
+
+
+@pytest.mark.parametrize("moment", ["a line above", "stopped"])
+def test_ctrl_c_in_the_moment_of_drawing_breaks_nothing_off(tmp_path: Path, moment: str) -> None:
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    terminal = Terminal([sys.executable, str(tmp_path / "program.py"), moment])
+    assert terminal.end() != 0
+    lines = [line for line in terminal.text.splitlines() if line]
+    assert lines[0] == "a line above"
+    assert lines[1].endswith("0/1,000 rows (0%)")
+    assert lines[3] == "time      0:00:10, stopped"
+    assert lines[5].startswith("Traceback")
+    assert lines[-1] == "KeyboardInterrupt"
+    assert not terminal.screen.cursor.hidden
 
 
 def test_the_end_of_the_interpreter_gives_the_cursor_back(start: Start) -> None:
