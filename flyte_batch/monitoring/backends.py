@@ -108,7 +108,7 @@ def attach_backends() -> None:
     value = _of_this_process()
     try:
         message_chars = _message_chars(value)
-    except BadInput as error:
+    except ValueError as error:
         logger.warning("messages of errors are left out: %s", error)
         message_chars = 0  # somebody wanted less of them: nothing may be quoted by mistake
     for name in named(value):

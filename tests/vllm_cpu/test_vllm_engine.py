@@ -139,6 +139,12 @@ class TestBadRecords:
         assert unfinished(engine) == 0
 
 
+    async def test_one_that_is_too_long_is_known_where_vllm_checks_the_tokens_first(self, variant: Variant) -> None:
+        engine = variant(SamplingParameters(structured=StructuredOutput(choice=("yes", "no"))))
+        with pytest.raises(PromptTooLong, match="maximum context length is 512"):
+            await engine.generate(VLLMRecord(TokenisedPrompt(array("I", [5] * 600), 10)))
+
+
 class TestCancellation:
     async def test_leaves_nothing_behind(self, engine: VLLMEngine, variant: Variant) -> None:
         endless = variant(SamplingParameters(max_tokens=450, ignore_eos=True))
