@@ -18,6 +18,7 @@ import atexit
 import functools
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -62,9 +63,9 @@ def _message_chars(value: str) -> int:
     """
     given = [entry for entry in _entries(value) if _is_of_messages(entry)]
     number = given[0].partition(":")[2] if given else str(MESSAGE_CHARS)
-    if len(given) > 1 or not number.isdecimal():
+    if len(given) > 1 or not re.fullmatch("[0-9]{1,9}", number):
         raise BadInput(
-            f"monitoring: {','.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
+            f"monitoring: {',.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
             "messages of errors out of logs and spans"
         )
     return int(number)
@@ -108,7 +109,7 @@ def attach_backends() -> None:
     value = _of_this_process()
     try:
         message_chars = _message_chars(value)
-    except ValueError as error:
+    except BadInput as error:
         logger.warning("messages of errors are left out: %s", error)
         message_chars = 0  # somebody wanted less of them: nothing may be quoted by mistake
     for name in named(value):

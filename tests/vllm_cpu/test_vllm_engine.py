@@ -138,7 +138,6 @@ class TestBadRecords:
         assert "\n" not in str(results[1])
         assert unfinished(engine) == 0
 
-
     async def test_one_that_is_too_long_is_known_where_vllm_checks_the_tokens_first(self, variant: Variant) -> None:
         engine = variant(SamplingParameters(structured=StructuredOutput(choice=("yes", "no"))))
         with pytest.raises(PromptTooLong, match="maximum context length is 512"):
