@@ -65,7 +65,7 @@ def _message_chars(value: str) -> int:
     number = given[0].partition(":")[2] if given else str(MESSAGE_CHARS)
     if len(given) > 1 or not re.fullmatch("[0-9]{1,9}", number):
         raise BadInput(
-            f"monitoring: {',.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
+            f"monitoring: {','.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
             "messages of errors out of logs and spans"
         )
     return int(number)
