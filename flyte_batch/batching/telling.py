@@ -44,7 +44,8 @@ class _CameBack:
     """What came back from the device together, to be told of.
 
     Attributes:
-        now: when, on the event loop's clock.
+        since: when the first of it came, on the event loop's clock.
+        now: when the last of it came.
         at: the same as Unix time.
         started_at: Unix time when the device got it, the first of it where records go one by one.
         fill: share of the budget or of the most records.
@@ -54,10 +55,10 @@ class _CameBack:
         batches: what got its outcome, and with which errors: None where nothing failed.
     """
 
-    __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "started_at")
+    __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "since", "started_at")
 
     def __init__(self, now: float, started_at: float, fill: float, out_of_memory: bool = False) -> None:
-        self.now = now
+        self.since = self.now = now
         self.at = time.time()
         self.started_at = started_at
         self.fill = fill
@@ -174,12 +175,14 @@ class Teller:
     ) -> None:
         """A record came back by itself; told with those that come at the same time. See `came_back`."""
         back = self._together
-        if back is None or now - back.now > TELL_AFTER_S:
+        if back is None or now - back.since > TELL_AFTER_S:
             back = self._together = _CameBack(now, started_at, fill)
             self._untold.append(back)
             self._set_timer()
-        elif started_at < back.started_at:
-            back.started_at = started_at
+        else:
+            back.at += now - back.now
+            back.now = now
+            back.started_at = min(started_at, back.started_at)
         back.records += 1
         back.cost += cost
         back.batches.append((batch, None if error is None else (error,)))

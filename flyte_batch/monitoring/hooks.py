@@ -1,19 +1,24 @@
 """Who hears of events: `subscribe` a `Hook`, and every event of the process is given to it.
 
 A hook is called where the event happens, mostly on the event loop, sometimes on a thread (`LoopBlocked`): it must be
-quick, and leave slow work to a thread of its own. Whatever it raises is logged once and goes no further, a
-``CancelledError`` included; only ``KeyboardInterrupt`` and ``SystemExit``, with which signals end a process, do.
+quick, and leave slow work to a thread of its own; one that is not is named once. Whatever it raises is logged once and
+goes no further, a ``CancelledError`` included; only ``KeyboardInterrupt`` and ``SystemExit``, with which signals end a
+process, do.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakSet
 
 from flyte_batch.monitoring.events import Event
+
+SLOW_S = 0.1
+"""A hook that takes so long is named."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +98,7 @@ class Batcher(Protocol):
 _hooks: tuple[Hook, ...] = ()
 _lock = threading.Lock()
 _failed: set[int] = set()
+_slow: set[int] = set()
 _batchers: WeakSet[Batcher] = WeakSet()
 
 
@@ -111,6 +117,7 @@ def subscribe(hook: Hook) -> Callable[[], None]:
         with _lock:
             _hooks = tuple(each for each in _hooks if each is not hook)
             _failed.discard(id(hook))
+            _slow.discard(id(hook))
 
     return unsubscribe
 
@@ -123,6 +130,7 @@ def is_anybody_listening() -> bool:
 def emit(event: Event) -> None:
     """Give an event to every hook."""
     for hook in _hooks:
+        started = time.perf_counter()
         try:
             hook.on_event(event)
         except (KeyboardInterrupt, SystemExit):
@@ -137,6 +145,16 @@ def emit(event: Event) -> None:
                     type(event).__name__,
                     exc_info=True,
                 )
+        took = time.perf_counter() - started
+        if took > SLOW_S and id(hook) not in _slow:
+            _slow.add(id(hook))
+            logger.warning(
+                "the monitoring hook %s took %.2f s for %s, and what it was called from waited: let a thread "
+                "of its own do what takes long; it is named once",
+                type(hook).__qualname__,
+                took,
+                type(event).__name__,
+            )
 
 
 def register_batcher(batcher: Batcher) -> None:

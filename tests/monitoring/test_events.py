@@ -276,6 +276,21 @@ async def test_a_failing_hook_breaks_no_batch_is_logged_once_and_the_others_stil
     assert said.startswith("the monitoring hook Broken failed on EngineStarted, and is asked again for the next event")
 
 
+class Slow:
+    def on_event(self, event: Event) -> None:
+        time.sleep(hooks.SLOW_S + 0.02)
+
+
+def test_a_slow_hook_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    unsubscribe = hooks.subscribe(Slow())
+    for _ in range(2):
+        hooks.emit(events.EngineLoading(0.0, "x"))
+    unsubscribe()
+    (said,) = caplog.messages
+    assert said.startswith("the monitoring hook Slow took 0.1")
+    assert "for EngineLoading, and what it was called from waited: let a thread" in said
+
+
 def test_a_hook_that_was_taken_away_hears_nothing_and_twice_is_fine() -> None:
     with listening() as heard:
         unsubscribe = hooks.subscribe(other := Listener())
