@@ -33,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "singletons": {"guard", "monitoring", "replica"},
     "checklist": {"load", "monitoring", "replica", "report"},
     "load": {
-        "batching", "cores", "data", "demo", "engines", "monitoring", "options", "pipeline", "prompts", "replica",
-        "versions",
+        "batching", "cores", "data", "demo", "engines", "histograms", "monitoring", "options", "pipeline", "progress",
+        "prompts", "replica", "report", "versions",
     },
     "cli": {"batching", "checklist", "data", "engines", "load", "monitoring", "report", "singletons"},
     "environments": {"flyte_ui", "monitoring", "replica"},

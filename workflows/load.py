@@ -21,6 +21,7 @@ from flyte_batch.load import ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
 from flyte_batch.load.report import LoadReport, conclusions, prepare_output, write_report
+from flyte_batch.load.view import LoadView
 from images import cpu_image, vllm_image
 
 GPU = os.environ.get("FLYTE_BATCH_GPU", "A10G:1")
@@ -52,11 +53,13 @@ async def solver(
 async def load(test_json: str) -> str:
     """Load this process's engine."""
     test = LoadTest.from_json(test_json)
-    report = await measure(
-        test,
-        lambda: solver(test.choice, test.sampling, test.engine_options, test.batching),
-        on_step=lambda step: print(step, flush=True),
-    )
+    with LoadView() as view:
+        report = await measure(
+            test,
+            lambda: solver(test.choice, test.sampling, test.engine_options, test.batching),
+            on_progress=view.hear,
+            on_step=lambda step: print(step, flush=True),
+        )
     return report.to_json()
 
 

@@ -19,6 +19,7 @@ from flyte_batch.load.levels import ServiceLevel
 from flyte_batch.load.measure import measure
 from flyte_batch.load.plan import InteractiveBatching, LoadTest, plan_load_test
 from flyte_batch.load.report import TABLE_HEADER, LoadReport, conclusions, prepare_output, table_row, write_report
+from flyte_batch.load.view import LoadView
 from flyte_batch.records import Completion
 from flyte_batch.singletons import close_all, singleton
 
@@ -92,21 +93,14 @@ async def _run(test: LoadTest) -> LoadReport:
         return test.batching.batcher(engine, test.sampling)
 
     header = [TABLE_HEADER]
-    is_terminal = sys.stderr.isatty()
-
-    def announce(rate_per_s: float) -> None:
-        while header:
-            click.echo(header.pop())
-        click.echo(
-            f"{rate_per_s:g} requests/s for {test.warm_up_s + test.seconds:g} s ...", err=True, nl=not is_terminal
-        )
 
     def show(step: LoadResult) -> None:
-        if is_terminal:
-            click.echo("\r\x1b[K", err=True, nl=False)  # rubs out what was announced
+        while header:
+            click.echo(header.pop())
         click.echo(table_row(step))
 
     try:
-        return await measure(test, solver, on_start=announce, on_step=show)
+        with LoadView(sys.stderr) as view:
+            return await measure(test, solver, on_progress=view.hear, on_step=show)
     finally:
         await close_all()

@@ -9,15 +9,19 @@ requests of that second, and each says so: no coordinated omission (Gil Tene, "H
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from flyte_batch import histograms
 from flyte_batch.batching.checks import finite_number, whole_number
 from flyte_batch.errors import BadInput, DeadlineExceeded, QueueFull
+from flyte_batch.histograms import LATENCY_BOUNDS, bound
 from flyte_batch.load.levels import Objective, ServiceLevel, latency_objective, percentile, share_objective
+from flyte_batch.load.underway import Underway, telling
 from flyte_batch.pipeline import GONE
 
 UNAVAILABLE = (QueueFull, *GONE)
@@ -173,6 +177,7 @@ async def run_load(
     warm_up_s: float = 0.0,
     max_in_flight: int = 10_000,
     level: ServiceLevel | None = None,
+    on_progress: Callable[[Underway], object] | None = None,
 ) -> LoadResult:
     """Make requests for some time, wait for all of them, and say what became of them.
 
@@ -187,6 +192,7 @@ async def run_load(
         warm_up_s: seconds of the same load before, that are not counted.
         max_in_flight: of more requests at once none is made; each counts as unavailable.
         level: the objectives.
+        on_progress: hears of the load when it begins and every half second, on the event loop: let it be quick.
 
     Cancelling it cancels the requests that are under way, and waits until they are gone.
 
@@ -212,20 +218,30 @@ async def run_load(
         in_flight -= 1
 
     start = loop.time()
-    async with asyncio.TaskGroup() as group:
-        for number, at in enumerate(arrival_times(rate_per_s, warm_up_s + seconds, rng)):
-            due = start + at
-            await asyncio.sleep(max(0.0, due - loop.time()))
-            place = order[number % len(order)]
-            tally = warming if at < warm_up_s else measured
-            tally.late_s.append(max(0.0, loop.time() - due))
-            if tally is measured:
-                asked.add(place)
-            if in_flight == max_in_flight:
-                tally.unavailable[TOO_MANY_IN_FLIGHT] += 1
-                continue
-            in_flight += 1
-            group.create_task(tally.observe(ask, records[place], due, timeout_s)).add_done_callback(ended)
+
+    def look() -> Underway:
+        elapsed_s = loop.time() - start
+        tally = warming if elapsed_s < warm_up_s else measured
+        return Underway(
+            rate_per_s, warm_up_s, seconds, elapsed_s, len(tally.late_s), in_flight, tally.failed,
+            *(measured.upper_ms(share) for share in (0.5, 0.99)),
+        )  # fmt: skip
+
+    with telling(on_progress, look):
+        async with asyncio.TaskGroup() as group:
+            for number, at in enumerate(arrival_times(rate_per_s, warm_up_s + seconds, rng)):
+                due = start + at
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                place = order[number % len(order)]
+                tally = warming if at < warm_up_s else measured
+                tally.late_s.append(max(0.0, loop.time() - due))
+                if tally is measured:
+                    asked.add(place)
+                if in_flight == max_in_flight:
+                    tally.unavailable[TOO_MANY_IN_FLIGHT] += 1
+                    continue
+                in_flight += 1
+                group.create_task(tally.observe(ask, records[place], due, timeout_s)).add_done_callback(ended)
     return measured.result(rate_per_s, seconds, len(asked), level)
 
 
@@ -290,6 +306,19 @@ class _Tally:
         self.ok = 0
         self.errors: Counter[str] = Counter()
         self.unavailable: Counter[str] = Counter()
+        self._buckets: Counter[float] = Counter()
+
+    @property
+    def failed(self) -> int:
+        """Requests that were not answered, for whatever reason."""
+        return self.errors.total() + self.unavailable.total()
+
+    def upper_ms(self, share: float) -> float | None:
+        """What so many took at most, by buckets: milliseconds. Costs what came since it was last asked for."""
+        for latency_s in itertools.islice(self.latencies_s, self._buckets.total(), None):
+            self._buckets[bound(latency_s, LATENCY_BOUNDS)] += 1
+        upper_s = histograms.percentile(self._buckets, share)
+        return None if upper_s is None else 1000 * upper_s
 
     async def observe(self, ask: Ask, record: Any, due: float, timeout_s: float) -> None:
         """Make a request and see what becomes of it."""

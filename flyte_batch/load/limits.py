@@ -11,6 +11,7 @@ from flyte_batch.batching.checks import finite_number
 from flyte_batch.errors import BadInput
 from flyte_batch.load.generator import Ask, LoadResult, Submitter, ask_alone, asker, check_rate, run_load
 from flyte_batch.load.levels import ServiceLevel
+from flyte_batch.load.underway import Underway
 
 _FEWEST_REQUESTS = 10
 """In a step: of fewer nothing is to be learnt, so the search for a lower rate ends there."""
@@ -68,7 +69,7 @@ async def find_limit(
     seed: int = 0,
     timeout_s: float = 10.0,
     max_in_flight: int = 10_000,
-    on_start: Callable[[float], object] | None = None,
+    on_progress: Callable[[Underway], object] | None = None,
     on_step: Callable[[LoadResult], object] | None = None,
 ) -> Limit:
     """Find the rate at which a service level stops to be kept.
@@ -94,7 +95,7 @@ async def find_limit(
         seed: of the first step; each has one of its own.
         timeout_s: as for `run_load`.
         max_in_flight: as for `run_load`.
-        on_start: hears of each step when it begins: requests a second.
+        on_progress: hears of each step while it goes on, as for `run_load`.
         on_step: hears of each step when it is over.
 
     Raises:
@@ -123,8 +124,6 @@ async def find_limit(
 
     rate: float | None = start_per_s
     while rate is not None and (not steps or await is_there()):
-        if on_start is not None:
-            on_start(rate)
         step = await run_load(
             ask,
             records,
@@ -135,6 +134,7 @@ async def find_limit(
             warm_up_s=warm_up_s,
             max_in_flight=max_in_flight,
             level=level,
+            on_progress=on_progress,
         )
         steps.append(step)
         if on_step is not None:

@@ -15,6 +15,7 @@ from flyte_batch.load.generator import LoadResult, ask_alone, run_load
 from flyte_batch.load.limits import Limit, find_limit
 from flyte_batch.load.plan import LoadTest, each_of, read_prompts
 from flyte_batch.load.report import LoadReport, hardware
+from flyte_batch.load.underway import Underway
 from flyte_batch.records import Completion, Prompt
 from flyte_batch.versions import versions
 
@@ -26,7 +27,7 @@ async def measure(
     test: LoadTest,
     solver: Solver,
     *,
-    on_start: Callable[[float], object] | None = None,
+    on_progress: Callable[[Underway], object] | None = None,
     on_step: Callable[[LoadResult], object] | None = None,
 ) -> LoadReport:
     """Load this process's engine with requests. Each tokenises its prompt on a thread, then goes through the batcher.
@@ -34,7 +35,7 @@ async def measure(
     Args:
         test: what to ask, and how fast.
         solver: gives the batcher; asked for each request, as callers do, so that a dead engine is replaced.
-        on_start: hears of each load when it begins: requests a second.
+        on_progress: hears of each load while it goes on, as for `run_load`.
         on_step: hears of each load when it is over.
 
     Raises:
@@ -57,13 +58,11 @@ async def measure(
             warm_up_s=test.warm_up_s,
             seed=test.seed,
             timeout_s=test.timeout_s,
-            on_start=on_start,
+            on_progress=on_progress,
             on_step=on_step,
         )
     else:
         await ask_alone(asker_of(solver), prompts[0], test.timeout_s)
-        if on_start is not None:
-            on_start(test.rate_per_s)
         result = await run_load(
             asker_of(solver),
             prompts,
@@ -73,6 +72,7 @@ async def measure(
             timeout_s=test.timeout_s,
             warm_up_s=test.warm_up_s,
             level=test.level,
+            on_progress=on_progress,
         )
         limit = Limit.of([result])
         if on_step is not None:

@@ -52,6 +52,7 @@ class Display:
             not set), else ``plain``. By default what the environment variable ``FLYTE_BATCH_PROGRESS`` says, else
             ``auto``.
         out: where to; standard output by default.
+        leaves_last_frame: of the live view.
 
     Raises:
         BadInput: there is no such mode.
@@ -60,14 +61,17 @@ class Display:
     def __init__(
         self,
         frame: Callable[[int], RenderableType],
-        before_last: Callable[[], object],
+        before_last: Callable[[], object] = lambda: None,
         mode: ProgressMode | None = None,
         out: TextIO | None = None,
+        *,
+        leaves_last_frame: bool = True,
     ) -> None:
         self._frame = frame
         self._before_last = before_last
         self._mode = check_mode(mode)
         self._out = out
+        self._leaves_last_frame = leaves_last_frame
         self._live: LiveView | None = None
         self._stopping = threading.Lock()
 
@@ -87,12 +91,12 @@ class Display:
         if self._may_be_live(out) and _the_terminal.acquire(blocking=False):
             from flyte_batch.progress.live import LiveView
 
-            self._live = LiveView(cast(TextIO, Forgiving(out)), self._frame)
+            self._live = LiveView(cast(TextIO, Forgiving(out)), self._frame, leaves_last=self._leaves_last_frame)
             self._live.start()
             atexit.register(self.stop)  # the work may be on a thread that the interpreter's end does not wait for
 
     def stop(self) -> None:
-        """Leave the last frame of the live view, and give the terminal back; doing it twice is fine."""
+        """End the live view, and give the terminal back; doing it twice is fine."""
         with self._stopping:
             if self._live is None:
                 return

@@ -35,16 +35,17 @@ PATIENCE_S = 1.0
 
 
 class LiveView:
-    """Shows something until `stop`, which leaves the last frame where it is.
+    """Shows something until `stop`.
 
     What this process prints on a terminal meanwhile, log handlers included, is put above the view.
 
     Args:
         out: the terminal.
         frame: gives what to show on a terminal of so many columns; called on a thread of the view's own.
+        leaves_last: whether the last frame stays where it is.
     """
 
-    def __init__(self, out: TextIO, frame: Callable[[int], RenderableType]) -> None:
+    def __init__(self, out: TextIO, frame: Callable[[int], RenderableType], *, leaves_last: bool) -> None:
         self._draw = frame
         self._frame: RenderableType = ""
         self._error: Exception | None = None
@@ -54,6 +55,7 @@ class LiveView:
             auto_refresh=False,
             redirect_stdout=False,
             redirect_stderr=False,
+            transient=not leaves_last,
             vertical_overflow="crop",
             get_renderable=self._render,
         )
@@ -66,7 +68,7 @@ class LiveView:
         self._drawer.do(lambda: self._live.start(refresh=True))
 
     def stop(self) -> None:
-        """Leave the last frame, give the terminal back."""
+        """Draw a last frame, give the terminal back."""
         self._above.give_back()
         self._drawer.do(self._live.stop)
         self._drawer.end()
@@ -148,7 +150,17 @@ class _AboveProxy(FileProxy):
 
     def __init__(self, console: Console, stream: TextIO, drawer: _Drawer) -> None:
         super().__init__(console, stream)
+        self._stream = stream
         self._drawer = drawer
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Click would write past the view to a stream that has none."""
+        return self._stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self._stream.errors
 
     def write(self, text: str) -> int:
         return self._drawer.do(lambda: super(_AboveProxy, self).write(text))

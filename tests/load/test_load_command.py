@@ -18,8 +18,10 @@ from click.testing import CliRunner, Result
 import flyte_batch as fb
 from flyte_batch.cli import batch
 from flyte_batch.cli.load import command
-from flyte_batch.load.report import read_report
+from flyte_batch.load.report import TABLE_HEADER, read_report
 from tests.helpers import ENVIRONMENT, FLYTE, ROOT, flyte_run, write_jsonl
+
+pyte = pytest.importorskip("pyte")
 
 
 def batch_load(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -89,20 +91,38 @@ def test_interrupted_it_ends_at_once_in_a_word() -> None:
 
 
 def test_what_it_waits_for_is_said_while_it_waits() -> None:
-    """A line of its own where it is kept, beside the table; in a terminal the row takes its place."""
+    """Lines where they are kept, beside the table; in a terminal a view, which goes when the load is over."""
     run = batch_load("--engine", "fake", "--rate", "20", *SHORT, *LENIENT)
     assert run.stderr.splitlines() == ["20 requests/s for 1.3 s ..."]
     assert "..." not in run.stdout.partition("\n")[2]
     terminal, shell = os.openpty()
     with subprocess.Popen(
         [FLYTE, "batch", "load", "--engine", "fake", "--rate", "20", *SHORT, *LENIENT],
-        cwd=ROOT, env=ENVIRONMENT, stdout=shell, stderr=shell,
+        cwd=ROOT, env={**ENVIRONMENT, "TERM": "xterm"}, stdout=shell, stderr=shell,
     ) as process:  # fmt: skip
         os.close(shell)
         assert process.wait(60) == 0
         shown = os.read(terminal, 100_000).decode()
     os.close(terminal)
-    assert re.search(r"20 requests/s for 1\.3 s \.\.\.\r\x1b\[K +20 ", shown), shown
+    screen = pyte.Screen(100, 24)
+    pyte.Stream(screen).feed(shown)
+    assert "20 requests/s, warming up" in shown
+    assert re.search(r"\d+ requests, \d+ under way, 0 failed", shown)
+    lines = [line.rstrip() for line in screen.display]
+    assert lines[0] == "fake, demo: loading ..."
+    assert lines[1] == TABLE_HEADER
+    assert re.match(" +20 .* 100%$", lines[2])
+    assert lines[3].startswith("The level ")
+    assert not screen.cursor.hidden
+
+
+def test_what_it_waits_for_is_not_said_when_told_so() -> None:
+    run = batch_load("--engine", "fake", "--rate", "20", *SHORT, *LENIENT, FLYTE_BATCH_PROGRESS="off")
+    assert run.returncode == 0
+    assert run.stderr == ""
+    wrong = batch_load("--engine", "fake", "--rate", "20", *SHORT, *LENIENT, FLYTE_BATCH_PROGRESS="loud")
+    assert wrong.returncode == 1
+    assert "FLYTE_BATCH_PROGRESS is 'loud': choose one of auto, live, plain, off" in words(wrong.stderr)
 
 
 class Slow(fb.FakeEngine):
@@ -239,7 +259,7 @@ def test_the_workflow_loads_a_replica_and_returns_what_the_command_would_write(t
         "--seconds", "1", "--warm_up_s", "0.3", "--p50_ms", "5000", "--p99_ms", "9000",
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "20 requests/s, " in run.stdout
+    assert "20 requests/s for 1.3 s ...\n20 requests/s, " in run.stdout
     assert "is kept at 20 requests/s." in run.stdout
     assert "LoadReport(" in run.stdout
     report = read_report(str(output))

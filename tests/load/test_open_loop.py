@@ -17,6 +17,7 @@ from virtual_time import VirtualTimeLoop, in_virtual_time
 import flyte_batch as fb
 from flyte_batch.load import LoadResult, ServiceLevel, run_load
 from flyte_batch.load.generator import arrival_times
+from flyte_batch.load.underway import Underway
 
 RECORDS = list(range(50))
 
@@ -45,6 +46,32 @@ def test_arrivals_are_a_poisson_process_of_the_rate_that_was_asked_for(seed: int
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert statistics.mean(gaps) == pytest.approx(1 / rate, rel=0.15)
     assert statistics.stdev(gaps) == pytest.approx(1 / rate, rel=0.25)  # as far apart as exponential gaps are
+
+
+def test_a_load_tells_how_it_goes_while_it_goes() -> None:
+    told: list[Underway] = []
+
+    async def answer(record: int) -> None:
+        await asyncio.sleep(0.1 if record else 3)
+        if record == 1:
+            raise ValueError
+
+    result = load(answer, 50, 20, warm_up_s=5, timeout_s=10, on_progress=told.append)
+    assert [each.elapsed_s for each in told] == pytest.approx([0.5 * tick for tick in range(len(told))])
+    assert [each.is_warming_up for each in told] == [each.elapsed_s < 5 for each in told]
+    assert (told[0].requests, told[0].in_flight, told[0].failed, told[0].p99_ms) == (0, 0, 0, None)
+    assert told[9].requests == pytest.approx(4.5 * 50, rel=0.2)  # of the warm-up
+    assert told[9].p50_ms is None
+    assert told[11].requests < 60  # it begins anew
+    assert [each.left_s for each in (told[0], told[10], told[-1])] == [25, 20, 0]
+    last = told[-1]
+    assert last.elapsed_s > 25  # for as long as answers are waited for
+    assert 0 < last.in_flight < 10
+    assert last.requests == result.requests
+    assert last.failed == result.errors["ValueError"] > 0
+    assert result.latencies.p50_ms is not None
+    assert last.p50_ms is not None
+    assert result.latencies.p50_ms <= last.p50_ms <= 1.13 * result.latencies.p50_ms
 
 
 def test_the_same_seed_asks_the_same_records_at_the_same_times_and_another_seed_does_not() -> None:

@@ -220,6 +220,7 @@ def test_what_others_print_goes_above_it_whole(start: Start) -> None:
     run.do(
         "print('by print')",
         "sys.stderr.write('on standard error\\n')",
+        "__import__('click').echo('by click')",
         "logging.getLogger('early').warning('of an early handler')",
         "Console(stderr=True).print('[bold]of another rich console[/bold]')",
         "logging.lastResort.handle(logging.makeLogRecord({'msg': 'of the last resort'}))",
@@ -229,11 +230,11 @@ def test_what_others_print_goes_above_it_whole(start: Start) -> None:
     run.wait_for("100/1,000 rows")
     assert run.end() == 0
     lines = [line for line in run.text.splitlines() if line]
-    assert lines[:7] == [
-        "ready", "by print", "on standard error", "of an early handler", "of another rich console",
+    assert lines[:8] == [
+        "ready", "by print", "on standard error", "by click", "of an early handler", "of another rich console",
         "of the last resort", "said [red]as it is",
     ]  # fmt: skip
-    assert lines[7].startswith("rows ")
+    assert lines[8].startswith("rows ")
     assert sum(line.startswith("rows ") for line in lines) == 1
 
 
