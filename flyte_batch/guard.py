@@ -8,14 +8,15 @@ go on. So the guard looks from within: it asks the loop for a sign of life four 
   a new container takes the place, and Flyte's retries do the lost calls again.
 - In a replica whose bridge is gone (it was terminated, and is not the container's first process): the same, at once.
   Nothing that it computes can be reported any more, and it would keep the GPU.
-- However a replica ends, by itself or killed, a `Reaper` kills what it started: what a load started before the loaded
-  value is used for the first time, anything else a quarter of a second after its start.
+- However a replica ends, by itself or killed, a `Reaper` kills what it started: what a load started from before the
+  loaded value is first used, anything else from some second after its start.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import sys
 import sysconfig
@@ -32,6 +33,7 @@ from flyte_batch.replica import ReplicaSettings, this_replica
 
 WARN_AFTER_S = 1.0
 LOOK_EVERY_S = 0.25
+NOTE_EVERY_S = 1.0
 EXIT_CODE = 70
 """sysexits.h: an internal software error."""
 
@@ -77,6 +79,7 @@ class Guard:
         self._named: set[str] = set()
         self._reaper = Reaper()
         self._telling = threading.Lock()
+        self._noted_at = -math.inf
         self._ending = False
         self.thread = threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True)
         self.thread.start()
@@ -150,7 +153,9 @@ class Guard:
         """End the replica if nothing can come of it any more, and see to it that its end is that of its processes."""
         if self._replica is None:
             return
-        self.note_processes()
+        if time.monotonic() - self._noted_at > NOTE_EVERY_S:
+            self._noted_at = time.monotonic()
+            self.note_processes()
         if os.getppid() != self._parent:
             _end("the process that started this replica is gone, and nobody hears of its calls any more")
         if stands_s > self._replica.stall_limit_s:

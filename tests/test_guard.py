@@ -155,11 +155,10 @@ needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc"
 
 
 LOADED = """
-    import signal
     from flyte_batch.singletons import singleton
-    await asyncio.sleep(0.2)  # a look at nothing but the first child
-    guard.LOOK_EVERY_S = 600
-    await asyncio.sleep(0.2)
+    guard.NOTE_EVERY_S = 600
+    while watching._noted_at < 0:
+        await asyncio.sleep(0.01)
 
     @singleton
     async def engine():

@@ -74,7 +74,7 @@ async def test_no_orphan_of_a_killed_bridge_keeps_the_device(broken: Broken) -> 
     job = broken.job(WITH_A_CHILD)
     run = await job.start()
     await job.half_done(run)
-    # What was started in the last quarter of a second may live on; what a call has used is known to the reaper.
+    # What was started in the last second may live on; what a call has used is known to the reaper.
     victim = await job.has_ended_a_call(run)
     victim.ends_with_bridge = False
     executor = psutil.Process(victim.executor())
