@@ -201,6 +201,7 @@ class Teller:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._tell_submitted()
         if self._admitted:
             admitted = self._admitted, self._admitted_cost, self._fullness(), self._queued, self._admitted_at
             self._admitted, self._admitted_cost = 0, 0.0
