@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from flyte_batch.load.underway import Underway
 from flyte_batch.progress.display import Display, ProgressMode
-from flyte_batch.report.formats import seconds
+from flyte_batch.report.formats import latency, seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,4 +89,4 @@ def _requests(underway: Underway) -> str:
 def _latency(underway: Underway) -> str:
     if underway.p50_ms is None or underway.p99_ms is None:
         return "nothing measured yet"
-    return f"p50 up to {seconds(underway.p50_ms / 1000)}, p99 up to {seconds(underway.p99_ms / 1000)} so far"
+    return f"p50 up to {latency(underway.p50_ms / 1000)}, p99 up to {latency(underway.p99_ms / 1000)} so far"

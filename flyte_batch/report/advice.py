@@ -102,10 +102,15 @@ def _engine_deaths(log: RunLog) -> Advice | None:
 
 _REMEDIES = {
     "BadRecord": "Mend these rows, or leave them out of the source",
+    "MissingValue": "Fill in what these rows lack, or leave them out of the source",
+    "PromptTooLong": "Shorten these rows, or leave them out of the source",
+    "BadImage": "Mend the images of these rows, or leave them out of the source",
     "BadResponse": "Raise max_tokens, or make the schema easier to fulfil",
-    "EngineOutOfMemory": "Lower max_batch_size or target_batch_tokens, or max_tokens",
+    "EngineOutOfMemory": "Lower max_batch_size or target_batch_tokens",
     "DeadlineExceeded": "Raise the records' timeout_s",
 }
+_PARAMETERS_CHANGE = ("BadResponse",)
+"""What cures these makes other answers: a run refuses to mix them with those that are there."""
 
 
 def _failures(log: RunLog) -> Advice | None:
@@ -113,10 +118,15 @@ def _failures(log: RunLog) -> Advice | None:
         return None
     cause, rows = max(log.causes.items(), key=lambda pair: pair[1])
     remedy = _REMEDIES.get(cause, "Look at the example rows below, and mend the rows or the code that they fail in")
+    again = (
+        "run it into another output, or again with --overwrite (in Python: overwrite=True)"
+        if cause in _PARAMETERS_CHANGE
+        else "run the same command again with --retry_failures (in Python: retry_failures=True)"
+    )
     return Advice(
         f"{percent(log.failures / log.rows)} of the rows failed",
         f"{count(rows)} of {plural(log.failures, 'failure')} are of the class {cause}.",
-        f"{remedy}; then run the same command again with --retry_failures (in Python: retry_failures=True).",
+        f"{remedy}; then {again}.",
     )
 
 

@@ -61,6 +61,13 @@ def seconds(value: float) -> str:
     return _two(round(value / 3600), 24, "d", 1, "h")
 
 
+def latency(value: float) -> str:
+    """Seconds, with three significant digits where it is less than a minute: ``12.6 ms``, ``355 ms``, ``1.41 s``."""
+    if value < 0.9995:
+        return f"{number(value * 1000)} ms"
+    return f"{number(value)} s" if value < 59.95 else seconds(value)
+
+
 def _two(value: int, large: int, large_name: str, small: int, small_name: str) -> str:
     first, rest = divmod(value, large)
     return f"{first} {large_name} {rest // small} {small_name}" if rest // small else f"{first} {large_name}"

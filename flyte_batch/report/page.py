@@ -7,12 +7,13 @@ One file: no network, no script, no font of its own. What is said by a chart is 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from flyte_batch.report import formats
 from flyte_batch.report.advice import Advice, advise, too_short
@@ -116,9 +117,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        {each.__name__: each for each in (formats.count, formats.percent, formats.seconds, formats.moment)}
+        {each.__name__: each for each in (formats.count, formats.percent, formats.seconds, formats.moment, options)}
     )
     return environment
+
+
+def options(text: str) -> Markup:
+    """The text as HTML, its ``--options`` marked as what is typed."""
+    return Markup(re.sub(r"(--[a-z][a-z0-9_]*)", r"<code>\1</code>", str(escape(text))))  # noqa: S704
 
 
 def _template(name: str) -> jinja2.Template:

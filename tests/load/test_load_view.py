@@ -35,7 +35,7 @@ def test_lines_say_what_begins_and_every_five_seconds_how_it_goes() -> None:
         view.hear(after(0, rate_per_s=16.0))
         view.hear(after(4.99))
         view.hear(after(5))
-    how = "40 requests, 3 under way, 2 failed; p50 up to 14.1 ms, p99 up to 1.3 s so far"
+    how = "40 requests, 3 under way, 2 failed; p50 up to 14.1 ms, p99 up to 1.26 s so far"
     assert out.getvalue().splitlines() == [
         "8 requests/s for 25 s ...",
         f"8 requests/s, 15 s left; {how}",
@@ -65,7 +65,7 @@ def test_a_live_view_goes_when_the_load_is_over_and_off_says_nothing() -> None:
     with LoadView(out, "live") as view:
         view.hear(after(15))
         view._display.say("a row")
-    for text in ("8 requests/s", "10 s left", "40 requests, 3 under way, 2 failed", "p99 up to 1.3 s so far"):
+    for text in ("8 requests/s", "10 s left", "40 requests, 3 under way, 2 failed", "p99 up to 1.26 s so far"):
         assert text in out.getvalue()
     screen = pyte.Screen(80, 24)
     pyte.Stream(screen).feed(out.getvalue().replace("\n", "\r\n"))

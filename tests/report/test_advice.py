@@ -164,6 +164,12 @@ def test_failures_of_one_cause_come_first_and_say_what_to_do() -> None:
     assert "300 of 320 failures are of the class BadRecord" in first.evidence
     assert "again with --retry_failures" in first.action
     assert second.title.startswith("Starved")
+    missing = only(with_failures(make_log(), MissingValue=300, BadRecord=20))
+    assert missing.action.startswith("Fill in what these rows lack, or leave them out of the source; then run the same")
+    cut = only(with_failures(make_log(), BadResponse=300))
+    assert "Raise max_tokens" in cut.action
+    assert "then run it into another output, or again with --overwrite" in cut.action
+    assert "--retry_failures" not in cut.action  # refused: the parts that are there were made with other parameters
     assert titles(with_failures(make_log(), BadRecord=80)) == []  # 1% of 8,000
     assert len(titles(with_failures(make_log(), BadRecord=81))) == 1
 

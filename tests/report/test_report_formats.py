@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flyte_batch.histograms import LATENCY_BOUNDS
 from flyte_batch.report import formats
 
 
@@ -38,6 +39,21 @@ def test_what_is_not_nothing_is_not_0_percent_and_what_is_not_all_not_100(share:
 )  # fmt: skip
 def test_durations_have_at_most_two_units(value: float, text: str) -> None:
     assert formats.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 ms"), (0.0001259, "0.126 ms"), (0.3548134, "355 ms"), (0.9994, "999 ms"), (0.9996, "1 s"),
+     (1.4125, "1.41 s"),
+     (12.589, "12.6 s"), (59.94, "59.9 s"), (59.96, "1 min"), (125, "2 min 5 s"), (math.inf, "unknown")],
+)  # fmt: skip
+def test_latencies_that_differ_by_a_bucket_differ_in_words(value: float, text: str) -> None:
+    assert formats.latency(value) == text
+
+
+def test_the_buckets_of_latencies_up_to_a_minute_have_names_of_their_own() -> None:
+    names = [formats.latency(bound) for bound in LATENCY_BOUNDS if bound < 60]
+    assert len(names) == len(set(names))
 
 
 @settings(deadline=None)

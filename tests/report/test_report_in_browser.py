@@ -128,6 +128,24 @@ def test_it_fits_asks_for_nothing_and_has_nothing_to_complain_of(
         assert colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(15, 19, 24)")
 
 
+def test_on_a_phone_the_time_table_is_whole_and_options_are_not_broken(browser: Any, tmp_path: Path) -> None:
+    log = with_failures(make_log(busy=50, starved=40), MissingValue=400)
+    with Opened(browser, render_page([log]), tmp_path, 360) as opened:
+        scroll = opened.page.locator("section[aria-labelledby=fb-time] .fb-scroll")
+        assert scroll.evaluate("each => each.scrollWidth - each.clientWidth") == 0
+        options = opened.page.locator(".fb-action code")
+        assert options.all_text_contents() == ["--retry_failures"]
+        assert options.evaluate("each => each.getClientRects().length") == 1
+
+
+def test_the_charts_of_a_row_stand_in_a_row(browser: Any, tmp_path: Path) -> None:
+    with Opened(browser, render_page([make_log(busy=50, starved=40)]), tmp_path) as opened:
+        for grid in opened.page.locator(".fb-grid").all():
+            tops = grid.locator(".fb-plot").evaluate_all("plots => plots.map(each => each.getBoundingClientRect().top)")
+            assert len(tops) == 4
+            assert max(tops) - min(tops) < 1
+
+
 @pytest.mark.parametrize(
     ("name", "width", "scheme"),
     [

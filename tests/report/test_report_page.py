@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flyte_batch.histograms import LATENCY_BOUNDS
 from flyte_batch.monitoring.details import Example, Sample, Stall
-from flyte_batch.report.page import render_fragment, render_page
+from flyte_batch.report.page import options, render_fragment, render_page
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from flyte_batch.report.samples import SampleAnswer
 from flyte_batch.report.sections.over_time import MANY_REPLICAS, OF_MANY
@@ -89,8 +89,19 @@ def test_utilisation_and_batch_fill_are_the_same_wherever_they_are_said() -> Non
     utilisation = log.time_shares().utilization
     assert root.figures()["Utilisation"][0] == f"{utilisation:.0%}"
     notes = [each.text for each in root.all("figcaption")]
-    assert any(f"mean {utilisation:.0%}, loading and tail included" in note for note in notes)
+    assert any(f"Utilisation mean {utilisation:.0%}" in note for note in notes)
     assert any("Batch fill" in note and "mean 41%" in note for note in notes)  # (50 x 0.4 + 1) / 51
+
+
+def test_squares_are_spoken_of_only_where_there_are_some() -> None:
+    log = make_log()
+    assert "a square took" not in page(log).text
+    log.chunks.append(ChunkEntry(90, 100, 0, 1, 1, "batcher-0", STARTED + 10, STARTED + 90))
+    assert "a square took more than 3 times that" in page(log).text
+
+
+def test_options_in_advice_are_marked_and_the_rest_stays_text() -> None:
+    assert options("a <b> & --retry_failures -- z") == ("a &lt;b&gt; &amp; <code>--retry_failures</code> -- z")
 
 
 def test_where_the_time_went_adds_up_to_all_of_it() -> None:
@@ -118,7 +129,7 @@ def test_tables_of_histograms_hold_every_row() -> None:
 def test_percentiles_are_said_to_be_upper_bounds() -> None:
     root = page(make_log(latencies={0.5011872: 90, 1.0: 9, 2.2387211: 1}))
     figures = root.figures()
-    assert [figures[name][0] for name in ("p50", "p90", "p95", "p99")] == ["≤ 0.5 s", "≤ 0.5 s", "≤ 1 s", "≤ 1 s"]
+    assert [figures[name][0] for name in ("p50", "p90", "p95", "p99")] == ["≤ 501 ms", "≤ 501 ms", "≤ 1 s", "≤ 1 s"]
     assert "upper bounds of buckets" in root.text
 
 

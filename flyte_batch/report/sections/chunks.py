@@ -31,7 +31,9 @@ def chunk_chart(log: RunLog) -> Chart | None:
         description=f"{plural(len(durations), 'chunk')}; the median was {seconds(median)}, the slowest "
         f"{seconds(max(duration for _, _, duration in durations))}.",
     )
-    note = f"median {seconds(median)}; a square took more than {STRAGGLER:g} times that"
+    note = f"median {seconds(median)}"
+    if any(_straggles(duration, median) for _, _, duration in durations):
+        note += f"; a square took more than {STRAGGLER:g} times that"
     return Chart("Duration, by start", note, drawing, seconds(top), time_marks((0, log.seconds)))
 
 

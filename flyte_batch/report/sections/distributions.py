@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, percentile
 from flyte_batch.report import charts
 from flyte_batch.report.answer import Figure
-from flyte_batch.report.formats import count, percent, plural, seconds
+from flyte_batch.report.formats import count, latency, percent, plural
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Chart, Table
 
@@ -40,16 +40,16 @@ def latency_chart(log: RunLog) -> Chart | None:
     if not buckets:
         return None
     note = plural(sum(log.latencies.values()), "record")
-    return _histogram_chart("fb-latency", "Records by latency", "", buckets, seconds, note)
+    return _histogram_chart("fb-latency", "Records by latency", "", buckets, latency, note)
 
 
 def latency_figures(log: RunLog) -> list[Figure]:
     found = [(share, percentile(log.latencies, share)) for share in (0.5, 0.9, 0.95, 0.99)]
-    return [Figure(f"p{share * 100:.0f}", f"≤ {seconds(value)}") for share, value in found if value is not None]
+    return [Figure(f"p{share * 100:.0f}", f"≤ {latency(value)}") for share, value in found if value is not None]
 
 
 def latency_table(log: RunLog) -> Table | None:
-    return _histogram_table("Latencies", _latency_buckets(log), "records", seconds)
+    return _histogram_table("Latencies", _latency_buckets(log), "records", latency)
 
 
 def _latency_buckets(log: RunLog) -> list[Bucket]:

@@ -11,7 +11,7 @@ from flyte_batch.report.advice import mean_fill
 from flyte_batch.report.formats import count, number, percent, plural, seconds
 from flyte_batch.report.run_log import EngineLog, TimeShares
 from flyte_batch.report.sections.elements import Chart, Table, bounded_table, time_marks
-from flyte_batch.report.sections.shares import KINDS, kinds, mean_utilization
+from flyte_batch.report.sections.shares import KINDS, kinds
 from flyte_batch.report.timelines import Slice, timeline
 
 MANY_REPLICAS = 8
@@ -44,7 +44,7 @@ def overview_charts(
     if not slices or not any(each.replicas for each in slices):
         return []
     whose = "all replicas"
-    mean = mean_utilization(shares)
+    mean = percent(shares.utilization)
     return [
         _steps("fb-all-u", "Utilisation", whose, [each.utilization for each in slices], at, percent, 1.0, mean),
         _steps("fb-all-r", "Rows/s answered", whose, [each.rows_per_s for each in slices], at, number),
@@ -57,7 +57,7 @@ def replica(index: int, process: str, engines: Sequence[EngineLog], shares: Time
     slices = timeline(engines, at)
     ident = f"fb-r{index}"
     lives = plural(len(engines), "engine")
-    mean, fill = mean_utilization(shares), mean_fill(engines)
+    mean, fill = percent(shares.utilization), mean_fill(engines)
     rows = plural(sum(engine.rows for engine in engines), "row")
     return Replica(
         name=process,

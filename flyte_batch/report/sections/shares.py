@@ -27,10 +27,6 @@ def kinds(shares: TimeShares) -> list[tuple[str, float]]:
     return [(kind, getattr(shares, kind)) for kind in KINDS]
 
 
-def mean_utilization(shares: TimeShares) -> str:
-    return f"{percent(shares.utilization)}, loading and tail included"
-
-
 def shares_chart(shares: TimeShares) -> Chart | None:
     if shares.total <= 0:
         return None
