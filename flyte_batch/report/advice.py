@@ -109,24 +109,24 @@ _REMEDIES = {
     "EngineOutOfMemory": "Lower max_batch_size or target_batch_tokens",
     "DeadlineExceeded": "Raise the records' timeout_s",
 }
-_PARAMETERS_CHANGE = ("BadResponse",)
-"""What cures these makes other answers: a run refuses to mix them with those that are there."""
+_SAME = "run the same command again with --retry_failures (in Python: retry_failures=True)"
+_ANEW = "run into another output, or with --overwrite (in Python: overwrite=True)"
+"""Where parameters or code change: a run refuses to mix their answers with those that are there."""
 
 
 def _failures(log: RunLog) -> Advice | None:
     if not log.causes or log.failures <= FAILED * log.rows:
         return None
     cause, rows = max(log.causes.items(), key=lambda pair: pair[1])
-    remedy = _REMEDIES.get(cause, "Look at the example rows below, and mend the rows or the code that they fail in")
-    again = (
-        "run it into another output, or again with --overwrite (in Python: overwrite=True)"
-        if cause in _PARAMETERS_CHANGE
-        else "run the same command again with --retry_failures (in Python: retry_failures=True)"
-    )
+    if cause not in _REMEDIES:
+        where = "the example rows below" if log.examples else "the column 'error' of these rows"
+        action = f"Look at {where}. If you mend rows, {_SAME}; if you mend the code that they fail in, {_ANEW}."
+    else:
+        action = f"{_REMEDIES[cause]}; then {_ANEW if cause == 'BadResponse' else _SAME}."
     return Advice(
         f"{percent(log.failures / log.rows)} of the rows failed",
         f"{count(rows)} of {plural(log.failures, 'failure')} are of the class {cause}.",
-        f"{remedy}; then {again}.",
+        action,
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.errors import counted_as
 from flyte_batch.histograms import added
-from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
+from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Example, Sample, Stall
 from flyte_batch.monitoring.gpu import GpuUse, merged
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class EngineLog:
         engine: its class.
         started: Unix time when the first of its chunks began.
         loaded: Unix time when the first of its chunks had an engine.
-        ended: Unix time when the last of its chunks was committed.
+        ended: Unix time when the last of its chunks was committed, or had lost it.
         samples: in the order of time.
         rows: answered.
         tokens: of prompts and responses.
@@ -117,14 +117,14 @@ class EngineLog:
     rows: int = 0
     tokens: int = 0
 
-    def add(self, details: ChunkDetails, rows: int, tokens: int, most_samples: int = MOST_SAMPLES) -> None:
-        """Take in what a chunk tells."""
-        self.started = min(self.started, details.started)
-        self.loaded = min(self.loaded, details.loaded)
-        self.ended = max(self.ended, details.ended)
-        self.rows += rows
-        self.tokens += tokens
-        for sample in details.samples:
+    def add(self, life: EngineLife, most_samples: int = MOST_SAMPLES) -> None:
+        """Take in what it did for a chunk."""
+        self.started = min(self.started, life.started)
+        self.loaded = min(self.loaded, life.loaded)
+        self.ended = max(self.ended, life.ended)
+        self.rows += life.rows
+        self.tokens += life.tokens
+        for sample in life.samples:
             at = bisect.bisect_left(self.samples, sample.at, key=lambda known: known.at)
             if at == len(self.samples) or self.samples[at].at != sample.at:
                 self.samples.insert(at, sample)
@@ -279,12 +279,14 @@ class RunLog:
             alike = [known.gist for known in self.examples if known.cause == example.cause]
             if example.cause in self.causes and len(alike) < MOST_EXAMPLES and example.gist not in alike:
                 self.examples.append(example)
-        engine = self.engines.setdefault(
-            details.batcher,
-            EngineLog(details.batcher, details.process, details.engine, details.started, details.loaded, details.ended),
-        )
-        most_samples = max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_SAMPLES_OF_ALL // len(self.engines)))
-        engine.add(details, entry.rows, entry.prompt_tokens + entry.response_tokens, most_samples)
+        rows = entry.rows - sum(life.rows for life in details.earlier)
+        tokens = entry.prompt_tokens + entry.response_tokens - sum(life.tokens for life in details.earlier)
+        for life in (*details.earlier, details.last_life(rows, tokens)):
+            engine = self.engines.setdefault(
+                life.batcher,
+                EngineLog(life.batcher, details.process, life.engine, life.started, life.loaded, life.ended),
+            )
+            engine.add(life, max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_SAMPLES_OF_ALL // len(self.engines))))
         for stall in details.stalls:
             if (details.process, stall) not in self.stalls and len(self.stalls) < MOST_STALLS:
                 self.stalls.append((details.process, stall))

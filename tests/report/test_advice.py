@@ -168,8 +168,17 @@ def test_failures_of_one_cause_come_first_and_say_what_to_do() -> None:
     assert missing.action.startswith("Fill in what these rows lack, or leave them out of the source; then run the same")
     cut = only(with_failures(make_log(), BadResponse=300))
     assert "Raise max_tokens" in cut.action
-    assert "then run it into another output, or again with --overwrite" in cut.action
+    assert "then run into another output, or with --overwrite" in cut.action
     assert "--retry_failures" not in cut.action  # refused: the parts that are there were made with other parameters
+    unknown = only(with_failures(make_log(), KeyError=300))
+    assert (
+        "Look at the example rows below. If you mend rows, run the same command again with --retry_failures"
+        in unknown.action
+    )
+    assert "if you mend the code that they fail in, run into another output" in unknown.action
+    of_earlier_runs = with_failures(make_log(), KeyError=300)
+    of_earlier_runs.examples = []
+    assert "Look at the column 'error' of these rows. " in only(of_earlier_runs).action
     assert titles(with_failures(make_log(), BadRecord=80)) == []  # 1% of 8,000
     assert len(titles(with_failures(make_log(), BadRecord=81))) == 1
 
