@@ -346,7 +346,7 @@ class _FanOut:
         if lag:
             details = details.later(lag)
         counts = report.rows, report.failures, report.prompt_tokens, report.response_tokens
-        ended = details.batcher, details.started, details.ended
+        ended = details.batcher, details.began, details.ended
         self._log.add_chunk(ChunkEntry(report.index, *counts, *ended), details)
         told = report.chunk_id, report.index, *counts, report.seconds
         emit(events.ChunkReported(time.time(), self._scope, *told))

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +21,7 @@ from flyte_batch.errors import MOST_CAUSES, BadInput, BadRecord, DeadlineExceede
 from flyte_batch.guard import Guard, watch
 from flyte_batch.monitoring import clock, events, gpu
 from flyte_batch.monitoring.backends import attach_backends
-from flyte_batch.monitoring.details import ChunkDetails, Example
+from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Example
 from flyte_batch.monitoring.hooks import emit
 from flyte_batch.monitoring.recorder import ChunkRecording, recorder
 from flyte_batch.monitoring.scope import new_scope, process_name, scope_entered
@@ -154,7 +154,8 @@ class _Work:
         from flyte_batch.data.parts import write_part
 
         chunk = self._chunk
-        started, started_at = time.monotonic(), clock.now()
+        started, began_at = time.monotonic(), clock.now()
+        started_at = began_at
         table, sampler = await asyncio.gather(
             asyncio.to_thread(read_chunk, chunk), asyncio.to_thread(gpu.start_sampler)
         )
@@ -167,6 +168,7 @@ class _Work:
             values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row, self._scope
         )
         died_at = -math.inf
+        earlier: list[EngineLife] = []
         while True:
             batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
             self._silence = _Silence(batcher)
@@ -181,6 +183,9 @@ class _Work:
                     now = time.monotonic()
                     if now - died_at < DEATHS_APART_S:
                         raise
+                    done = task.done(earlier)
+                    life = (batcher.id, batcher.engine_name, started_at, loaded_at, clock.now(), samples(), *done)
+                    earlier.append(EngineLife(*life))
                     died_at, started_at = now, clock.now()
                     left = task.left
                     logger.warning("%s with %d of %d rows to do; building the engine anew", error, left, chunk.rows)
@@ -199,7 +204,8 @@ class _Work:
             response_lengths={float(bound): rows for bound, rows in info.response_lengths.items()},
             stalls=tuple(self._recording.stalls),
             died=tuple(self._recording.died),
-            gpus=await asyncio.to_thread(sampler.use_between, started_at, clock.now()) if sampler is not None else (),
+            gpus=await asyncio.to_thread(sampler.use_between, began_at, clock.now()) if sampler is not None else (),
+            earlier=tuple(earlier),
         )
         report = ChunkReport(
             chunk_id=chunk.id,
@@ -251,6 +257,16 @@ class _Task:
     @property
     def left(self) -> int:
         return sum(result is None for result in self.results)
+
+    def done(self, before: Sequence[EngineLife]) -> tuple[int, int]:
+        """Rows that have their results, and the tokens of these, but for what was done before."""
+        tokens = sum(
+            (result.prompt_tokens or 0) + (result.response_tokens or 0)
+            for result in self.results
+            if isinstance(result, Completion)
+        )
+        rows = len(self.results) - self.left
+        return rows - sum(life.rows for life in before), tokens - sum(life.tokens for life in before)
 
     def answered(self) -> list[Completion | Exception]:
         """The results, all of which are there."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES
 from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, added, bound, count_tokens, percentile
-from flyte_batch.monitoring.details import ChunkDetails, Example, Sample, Stall
+from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Example, Sample, Stall
 from flyte_batch.report.run_log import (
     FEWEST_SAMPLES,
     MOST_SAMPLES,
@@ -76,6 +76,15 @@ def test_an_engine_that_was_built_anew_has_no_tail_while_its_successor_works() -
     assert log.time_shares() == TimeShares(busy=6, loading=3, tail=1)
     assert log.replica_seconds == 10  # one process
     assert log.cost == pytest.approx(0.01)
+
+
+def test_an_engine_that_died_in_a_chunk_keeps_its_time_its_rows_and_its_cost() -> None:
+    dead = EngineLife("a", "FakeEngine", 0, 1, 6, (sample(1), sample(6, busy=4, starved=1)), rows=8, tokens=7)
+    log = log_of(details("b", 6, 7, 8, sample(7), sample(8, busy=1), earlier=(dead,)))
+    assert log.time_shares() == TimeShares(busy=5, loading=2, starved=1, tail=2)
+    assert [(each.batcher, each.rows, each.tokens) for each in log.engines.values()] == [("a", 8, 7), ("b", 2, 3)]
+    assert log.cost == pytest.approx(3.6 * 10 / 3600)
+    assert (log.rows, log.rows_done) == (10, 10)
 
 
 def test_a_run_that_had_nothing_to_do_used_nothing() -> None:
@@ -157,7 +166,9 @@ def test_a_log_survives_its_file_and_a_broken_file_is_said_to_be_one() -> None:
 
 
 def test_details_travel_as_one_line_of_json() -> None:
-    sent = details("a", 0, 1, 4, sample(1), stalls=(Stall(3, 1, "c"),), latencies={0.1: 2}, prompt_lengths={4.0: 1})
+    earlier = (EngineLife("z", "FakeEngine", -3, -2, -1, (sample(-2), sample(-1, busy=1)), 3, 4),)
+    told: dict[str, Any] = {"latencies": {0.1: 2}, "prompt_lengths": {4.0: 1}, "earlier": earlier}
+    sent = details("a", 0, 1, 4, sample(1), stalls=(Stall(3, 1, "c"),), **told)
     assert "\n" not in sent.to_json()
     assert ChunkDetails.from_json(sent.to_json()) == sent
 
@@ -175,6 +186,16 @@ def test_how_far_a_clock_is_behind_follows_from_when_a_chunk_was_given_and_heard
     moved = chunk.later(5)
     assert (moved.started, moved.loaded, moved.ended) == (15, 16, 25)
     assert [each.at for each in (*moved.samples, *moved.stalls)] == [16, 25, 20]
+
+
+def test_a_clock_is_corrected_by_when_a_chunk_was_begun_and_for_engines_that_died_too() -> None:
+    dead = EngineLife("a", "FakeEngine", 10, 11, 15, (sample(11), sample(15)))
+    chunk = details("b", 15, 16, 20, sample(16), sample(20), earlier=(dead,))
+    assert chunk.began == 10
+    assert chunk.clock_lag(30, 45) == 20
+    (moved,) = chunk.later(20).earlier
+    assert (moved.started, moved.loaded, moved.ended) == (30, 31, 35)
+    assert [each.at for each in moved.samples] == [31, 35]
 
 
 @given(st.lists(st.integers(0, 20_000_000), min_size=1), st.floats(0, 1))

@@ -105,6 +105,12 @@ async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked
     repeated = answered & {text for batch in second.batches for text in batch}
     assert first.closed
     assert not repeated
+    details = ChunkDetails.from_json(report.details)
+    (dead,) = details.earlier
+    assert (dead.rows, dead.engine, [dead.batcher]) == (40, "FakeEngine", list(details.died))
+    assert dead.tokens == sum(row["prompt_tokens"] + row["response_tokens"] for row in rows_of(chunk)[:40])
+    assert dead.samples[-1].batches == 5  # the last one under it
+    assert dead.started <= dead.loaded <= dead.ended <= details.started == pytest.approx(dead.ended, abs=1)
 
 
 async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_path: Path) -> None:

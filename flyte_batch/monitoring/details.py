@@ -88,6 +88,41 @@ class Stall:
     code: str
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLife:
+    """What an engine did for a chunk before it died, and was built anew.
+
+    Attributes:
+        batcher: id of its batcher.
+        engine: its class.
+        started: Unix time when the chunk came to it: was begun, or had lost the engine before.
+        loaded: Unix time when it was there.
+        ended: Unix time when the chunk had lost it.
+        samples: of its batcher, from ``loaded`` to ``ended``.
+        rows: of the chunk that it answered.
+        tokens: of prompts and responses of these.
+    """
+
+    batcher: str
+    engine: str
+    started: float
+    loaded: float
+    ended: float
+    samples: tuple[Sample, ...]
+    rows: int = 0
+    tokens: int = 0
+
+    def later(self, seconds: float) -> EngineLife:
+        """The same, so much later."""
+        return replace(
+            self,
+            started=self.started + seconds,
+            loaded=self.loaded + seconds,
+            ended=self.ended + seconds,
+            samples=_later(self.samples, seconds),
+        )
+
+
 @dataclass(frozen=True)
 class ChunkDetails:
     """How a replica fared while it worked on a chunk.
@@ -96,8 +131,8 @@ class ChunkDetails:
         process: which process: host and process id.
         batcher: id of the batcher that finished the chunk.
         engine: class of the engine.
-        started: Unix time when the worker began to read.
-        loaded: Unix time when it had an engine.
+        started: Unix time when the worker began to read, or lost the last of the ``earlier`` engines.
+        loaded: Unix time when it had that engine.
         ended: Unix time when the part was committed.
         samples: of that batcher, from ``loaded`` to ``ended``.
         latencies: histogram of the chunk's records: seconds from queue to result.
@@ -107,7 +142,8 @@ class ChunkDetails:
         response_lengths: histogram of responses by tokens.
         stalls: of the process' event loop.
         died: ids of batchers of this process that died meanwhile.
-        gpus: what they did from ``started`` to ``ended``.
+        gpus: what they did while the worker was at it.
+        earlier: the engines that died before, in their order.
     """
 
     process: str
@@ -125,6 +161,16 @@ class ChunkDetails:
     stalls: tuple[Stall, ...] = ()
     died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
+    earlier: tuple[EngineLife, ...] = ()
+
+    @property
+    def began(self) -> float:
+        """Unix time when the worker began to read."""
+        return self.earlier[0].started if self.earlier else self.started
+
+    def last_life(self, rows: int, tokens: int) -> EngineLife:
+        """Of the engine that finished the chunk, and answered so many of its rows."""
+        return EngineLife(self.batcher, self.engine, self.started, self.loaded, self.ended, self.samples, rows, tokens)
 
     def clock_lag(self, given: float, heard: float) -> float:
         """Seconds by which the replica's clock was behind the driver's, at least; negative if it was ahead.
@@ -135,7 +181,7 @@ class ChunkDetails:
             given: when the driver gave the chunk away, by its clock.
             heard: when it had the answer.
         """
-        least, most = given - self.started, heard - self.ended
+        least, most = given - self.began, heard - self.ended
         return min(max(0.0, least), most) if least <= most else 0.0  # else it is an answer of another time, kept
 
     def later(self, seconds: float) -> ChunkDetails:
@@ -145,14 +191,15 @@ class ChunkDetails:
             started=self.started + seconds,
             loaded=self.loaded + seconds,
             ended=self.ended + seconds,
-            samples=tuple(replace(sample, at=sample.at + seconds) for sample in self.samples),
+            samples=_later(self.samples, seconds),
+            earlier=tuple(life.later(seconds) for life in self.earlier),
             stalls=tuple(replace(stall, at=stall.at + seconds) for stall in self.stalls),
         )
 
     def to_json(self) -> str:
         """One line of text."""
-        samples = [[round(value, 6) for value in sample.to_list()] for sample in self.samples]
-        content = asdict(replace(self, samples=())) | {"samples": samples}
+        earlier = [asdict(replace(life, samples=())) | {"samples": _plain(life.samples)} for life in self.earlier]
+        content = asdict(replace(self, samples=(), earlier=())) | {"samples": _plain(self.samples), "earlier": earlier}
         return json.dumps(content, separators=(",", ":"))
 
     @classmethod
@@ -163,7 +210,10 @@ class ChunkDetails:
             ValueError, TypeError, KeyError: the text is something else.
         """
         content: dict[str, Any] = json.loads(text)
-        content["samples"] = tuple(Sample(*sample) for sample in content["samples"])
+        lives = content["earlier"]
+        for each in (content, *lives):
+            each["samples"] = tuple(Sample(*sample) for sample in each["samples"])
+        content["earlier"] = tuple(EngineLife(**life) for life in lives)
         for name in ("latencies", "prompt_lengths", "response_lengths"):
             content[name] = {float(bound): number for bound, number in content[name].items()}
         content["examples"] = tuple(Example(**each) for each in content["examples"])
@@ -176,3 +226,11 @@ class ChunkDetails:
 def gpu_use(content: Mapping[str, Any]) -> GpuUse:
     """A `GpuUse` out of JSON."""
     return GpuUse(**{**content, "throttle_reasons": tuple(content["throttle_reasons"])})
+
+
+def _later(samples: tuple[Sample, ...], seconds: float) -> tuple[Sample, ...]:
+    return tuple(replace(sample, at=sample.at + seconds) for sample in samples)
+
+
+def _plain(samples: tuple[Sample, ...]) -> list[list[float]]:
+    return [[round(value, 6) for value in sample.to_list()] for sample in samples]
