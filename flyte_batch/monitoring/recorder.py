@@ -125,6 +125,7 @@ class Recorder:
         try:
             yield samples
         finally:
+            batcher.tell()  # before its chunk is told to have failed
             series.users -= 1
             if not series.users:
                 del self._series[batcher.id]

@@ -42,10 +42,6 @@ async def answer(batcher: Any, texts: list[str]) -> list[Any]:
     return await batcher.map([batcher.engine.prepare(fb.Prompt(text)) for text in texts], return_exceptions=True)
 
 
-def write_part() -> None:
-    """What a worker does on a thread between its last record and its end."""
-
-
 @asynccontextmanager
 async def chunk_entered(name: str, index: int = 0, rows: int = 1) -> AsyncIterator[events.Scope]:
     """What a worker tells of a chunk."""
@@ -54,7 +50,8 @@ async def chunk_entered(name: str, index: int = 0, rows: int = 1) -> AsyncIterat
     try:
         with scope_entered(mine):
             yield mine
-        await asyncio.to_thread(write_part)
+        for batcher in hooks.live_batchers():
+            batcher.tell()
     except BaseException as error:
         hooks.emit(events.ChunkFailed(time.time(), mine, type(error).__name__, str(error), 0.1))
         raise
