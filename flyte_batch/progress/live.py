@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from threading import Thread, current_thread
+from threading import Lock, Thread, current_thread
 from typing import IO, TextIO, TypeVar, cast
 from weakref import WeakSet
 
@@ -104,6 +104,8 @@ class _Drawer(Thread):
         super().__init__(name="flyte-batch-view", daemon=True)
         self._refresh = refresh
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._giving = Lock()
+        self._has_ended = False
 
     def run(self) -> None:
         due = time.monotonic() + SECONDS_BETWEEN_FRAMES
@@ -122,7 +124,7 @@ class _Drawer(Thread):
 
     def do(self, draw: Callable[[], T]) -> T:
         """Have something drawn, and wait for it; where this is interrupted, what is drawn is not."""
-        if current_thread() is self or not self.is_alive():  # as in a forked process
+        if current_thread() is self or not self.is_alive():  # not in a forked process
             return draw()
         drawn: futures.Future[T] = futures.Future()
 
@@ -132,7 +134,12 @@ class _Drawer(Thread):
             except BaseException as error:
                 drawn.set_exception(error)
 
-        self._jobs.put(job)
+        with self._giving:
+            is_late = self._has_ended
+            if not is_late:
+                self._jobs.put(job)
+        if is_late:
+            return draw()
         try:
             futures.wait([drawn])
         except BaseException:
@@ -141,8 +148,10 @@ class _Drawer(Thread):
         return drawn.result()
 
     def end(self) -> None:
-        """Draw nothing any more."""
-        self._jobs.put(None)
+        """Draw what was given, and no more: who still writes does so on its own thread."""
+        with self._giving:
+            self._has_ended = True
+            self._jobs.put(None)
 
 
 class _AboveProxy(FileProxy):

@@ -254,6 +254,13 @@ def test_afterwards_everything_is_written_to_the_terminal_itself_again(start: St
     assert "TextIOWrapper TextIOWrapper\nTrue" in run.text
 
 
+def test_who_kept_the_stream_of_the_view_still_writes_to_the_terminal(start: Start) -> None:
+    run = start()
+    run.do("kept = sys.stdout", "view.__exit__(None, None, None)", "print('late', file=kept)")
+    assert run.end() == 0
+    assert "\nlate\n" in run.text
+
+
 def test_a_redirected_standard_error_stays_where_it_was_directed(start: Start, tmp_path: Path) -> None:
     run = start()
     run.do("view.__exit__(None, None, None)", f"sys.stderr = open({str(tmp_path / 'log')!r}, 'w')")
