@@ -52,7 +52,8 @@ def _entries(value: str) -> list[str]:
 
 
 def _is_of_messages(entry: str) -> bool:
-    return entry.partition(":")[0] == "message_chars"
+    """Meant to be, however it is written: a slip must not quote what somebody wanted to be left out."""
+    return re.match(r"\W*message", entry, re.IGNORECASE) is not None
 
 
 def _message_chars(value: str) -> int:
@@ -62,8 +63,10 @@ def _message_chars(value: str) -> int:
         BadInput: no number, or several.
     """
     given = [entry for entry in _entries(value) if _is_of_messages(entry)]
-    number = given[0].partition(":")[2] if given else str(MESSAGE_CHARS)
-    if len(given) > 1 or not re.fullmatch("[0-9]{1,9}", number):
+    if not given:
+        return MESSAGE_CHARS
+    name, _, number = given[0].partition(":")
+    if len(given) > 1 or name != "message_chars" or not re.fullmatch("[0-9]{1,9}", number):
         raise BadInput(
             f"monitoring: {','.join(given)!r} must be one number of characters, as in message_chars:0, which leaves "
             "messages of errors out of logs and spans"

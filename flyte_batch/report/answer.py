@@ -104,7 +104,7 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
     if knows_times(log):
         note = f"{seconds(shares.busy)} busy of {seconds(shares.total)}"
         found += [
-            Figure("Time", seconds(log.seconds), plural(replicas_seen(log), "replica")),
+            Figure("Time", seconds(log.seconds), plural(replicas_seen(log), "replica") if log.engines else ""),
             Figure(
                 "Utilisation", percent(shares.utilization) if shares.total else "none", note if shares.total else ""
             ),
@@ -119,13 +119,18 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
     if log.plan.rows_reused:
         tokens_note += f"; {count(tokens_done(log))} of them by this run"
     found.append(Figure("Tokens", count(log.prompt_tokens + log.response_tokens), tokens_note))
-    if log.cost is not None:
+    lost = sum(bool(chunk.error) for chunk in log.chunks)
+    if log.cost is not None and lost and not log.engines:
+        found.append(Figure("Cost", "unknown", "chunks that failed tell no times"))
+    elif log.cost is not None:
         note = f"{seconds(log.replica_seconds)} of replicas at {number(log.plan.price_per_hour or 0)} an hour"
         if log.plan.rows_reused:
             note = f"of this run alone: {note}"
         if done := tokens_done(log):
             note += f"; {money(log.cost / done * 1e6)} per million tokens"
-        found.append(Figure("Cost", money(log.cost), note))
+        if lost:
+            note += f"; what {plural(lost, 'chunk')} that failed took may be missing"
+        found.append(Figure("Cost", ("at least " if lost else "") + money(log.cost), note))
     energy = gpu.energy_j(gpu.gpu_totals(log.gpus))
     per_million = gpu.wh_per_million_tokens(energy, tokens_done(log))
     if energy is not None and per_million is not None:

@@ -148,7 +148,15 @@ def test_messages_of_errors_are_left_out_of_spans(tmp_path: Path, entry: str, me
 
 
 @pytest.mark.parametrize(
-    "entry", ["message_chars", "message_chars:none", "message_chars:9999999999", "message_chars:0,message_chars:9"]
+    "entry",
+    [
+        "message_chars",
+        "message_chars:none",
+        "message_chars:9999999999",
+        "message_chars:0,message_chars:9",
+        "Message-Char=0",
+        '"message_chars:0"',
+    ],
 )
 def test_a_wrong_number_of_characters_is_refused_and_in_a_shell_quotes_nothing(tmp_path: Path, entry: str) -> None:
     with pytest.raises(fb.BadInput, match=f"'{entry}' must be one number of characters, as in message_chars:0"):
