@@ -496,6 +496,18 @@ def test_ctrl_c_in_a_flyte_run_gives_the_cursor_back(tmp_path: Path) -> None:
     assert re.search(r"time +0:0\d:\d\d, (stopped|cancelled)", terminal.text)
 
 
+@pytest.mark.parametrize("command", [["batch", "load"], ["run", "--local", "workflows/load.py", "main"]])
+def test_ctrl_c_in_a_load_test_takes_its_view_away(command: list[str]) -> None:
+    terminal = Terminal([FLYTE, *command, "--engine", "fake", "--seconds", "60"], columns=100)
+    terminal.wait_for(" under way, 0 failed")
+    assert terminal.screen.cursor.hidden
+    terminal.type(b"\x03")
+    assert terminal.end() == 1
+    assert not terminal.screen.cursor.hidden
+    assert "under way" not in terminal.text
+    assert terminal.text.rstrip().splitlines()[-1].startswith("Aborted")
+
+
 def test_a_flyte_run_that_is_told_so_prints_nothing_of_its_progress(tmp_path: Path) -> None:
     source = questions(tmp_path / "in.jsonl", 50)
     terminal = flyte_run(source, tmp_path / "out", FLYTE_BATCH_PROGRESS="off")
