@@ -116,11 +116,12 @@ def logs_of(folder: Location) -> list[RunLog]:
         return [log_of_parts(folder)]
     if silent_s(folder) > SILENT_S:
         last = _over(last)
-    if last.outcome == "done":
-        _check_parts(folder)
-    else:
-        last = _with_parts(last, folder)
-    return [*map(_over, earlier), last]
+    if last.outcome != "done":
+        return [*map(_over, earlier), _with_parts(last, folder)]
+    if _is_finished(folder):
+        return [*map(_over, earlier), last]
+    logger.warning("a later run began to overwrite %s, and ended before it wrote a log; parts may be of both", folder)
+    return [*map(_over, earlier), last, log_of_parts(folder)]
 
 
 def silent_s(folder: Location) -> float:
@@ -163,18 +164,18 @@ def _with_parts(log: RunLog, folder: Location) -> RunLog:
     return counted
 
 
-def _check_parts(folder: Location) -> None:
-    """Warn of parts that are missing from a finished output, or of another size than its manifest says."""
+def _is_finished(folder: Location) -> bool:
+    """Whether no run has begun without an end. Warns of parts that are missing, or of another size than they were."""
     from flyte_batch.data import storage
-    from flyte_batch.data.manifest import read_manifest
+    from flyte_batch.data.manifest import read_manifest, read_run
 
     try:
         manifest = read_manifest(folder)
     except BadInput as error:
         logger.warning("%s", error)
-        return
+        return True
     if manifest is None:
-        return
+        return read_run(folder) is None  # a log that was copied, all alone
     sizes = {entry.name: entry.size for entry in storage.entries(folder)}
     broken = [part.name for part in manifest.parts if sizes.get(part.name) != part.bytes]
     if broken:
@@ -183,6 +184,7 @@ def _check_parts(folder: Location) -> None:
             "size that the manifest says. The run's command makes them again",
             count(len(broken)), plural(len(manifest.parts), "part"), folder, broken[0],
         )  # fmt: skip
+    return True
 
 
 def _parts(folder: Location) -> list[PartInfo]:
@@ -213,7 +215,7 @@ def log_of_parts(folder: Location) -> RunLog:
 
     run, manifest = read_run(folder), read_manifest(folder)
     if manifest is not None:
-        _check_parts(folder)
+        _is_finished(folder)
         parts = list(manifest.parts)
     else:
         parts = _parts(folder)

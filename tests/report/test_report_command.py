@@ -190,6 +190,18 @@ async def test_without_a_log_the_parts_tell_what_they_hold(tmp_path: Path) -> No
     assert page(output).by_id("fb-content").table("Parameters")
 
 
+async def test_a_finished_log_is_not_believed_where_a_later_run_took_the_manifest_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = await run(tmp_path)
+    (output / MANIFEST_FILE).unlink()  # as a run does that overwrites it, before its first log
+    sorted(output.glob("part-*.parquet"))[0].unlink()
+    result = report(output)
+    assert "the output is not finished" in result.stdout
+    assert f"a later run began to overwrite {output}, and ended before it wrote a log" in caplog.text
+    assert (figures(output)["outcome"], figures(output)["rows"]) == ("unfinished", 250)
+
+
 async def test_parts_alone_and_a_run_that_only_began_are_outputs_too(tmp_path: Path) -> None:
     output = await run(tmp_path)
     for name in (LOG_FILE, MANIFEST_FILE):
