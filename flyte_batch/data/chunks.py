@@ -25,6 +25,8 @@ RESULT_COLUMNS = ("response", "finish_reason", "error", "prompt_tokens", "respon
 """The columns that a part adds to the source's; a source column can't have one of these names."""
 
 _ID_VERSION = 1
+FAMILY_CHARS = 6
+"""Of a chunk's id: equal in all chunks of the same settings and columns, so that a part's name tells whose it is."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def plan_chunks(
         content = [(span.format, span.digest, span.skip, span.start, span.stop) for span in spans]
         chunks.append(
             Chunk(
-                id=hashlib.sha256(f"{common}\n{json.dumps(content)}".encode()).hexdigest()[:32],
+                id=common[:FAMILY_CHARS] + hashlib.sha256(f"{common}\n{json.dumps(content)}".encode()).hexdigest()[:26],
                 index=len(chunks),
                 first_row=first_row,
                 rows=last_row - first_row,

@@ -51,15 +51,18 @@ class SourceRecord:
 class RunRecord:
     """What ``_run.json`` says: the source and the settings that the folder's parts are made from, and how it is cut.
 
-    ``chunk_rows`` is for the next run: cut otherwise, it could reuse nothing. None before the first plan.
+    ``chunk_rows`` is for the next run: cut otherwise, it could reuse nothing. ``family`` is what the names of its parts
+    have in common (`flyte_batch.data.chunks.FAMILY_CHARS`). None before the first plan.
     """
 
     settings: Mapping[str, object]
     source: SourceRecord
     chunk_rows: int | None = None
+    family: str | None = None
 
     def to_json(self) -> bytes:
-        return _dump({"settings": self.settings, "source": asdict(self.source), "chunk_rows": self.chunk_rows})
+        plan = {"chunk_rows": self.chunk_rows, "family": self.family}
+        return _dump({"settings": self.settings, "source": asdict(self.source), **plan})
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,13 @@ def read_run(folder: Location) -> RunRecord | None:
     if content is None:
         return None
     try:
-        rows = content.get("chunk_rows")
-        return RunRecord(_settings(content), _source(content), rows if isinstance(rows, int) else None)
+        rows, family = content.get("chunk_rows"), content.get("family")
+        return RunRecord(
+            _settings(content),
+            _source(content),
+            rows if isinstance(rows, int) else None,
+            family if isinstance(family, str) else None,
+        )
     except (KeyError, TypeError) as error:
         raise _unreadable(location, error) from error
 

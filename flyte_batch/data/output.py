@@ -14,7 +14,7 @@ one that commits last wins; the other is told which parts are gone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from flyte_batch.data import manifest as manifests
 from flyte_batch.data import storage
-from flyte_batch.data.chunks import Chunk
+from flyte_batch.data.chunks import FAMILY_CHARS, Chunk
 from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE, Manifest, RunRecord
 from flyte_batch.data.parquet import conform
 from flyte_batch.data.parts import PartInfo, read_part_info
@@ -100,7 +100,7 @@ class Output:
             # Before the new record is there: a manifest must never stand beside the record of another run.
             storage.delete(location.child(MANIFEST_FILE))
         elif previous is not None:
-            run = replace(run, chunk_rows=previous.chunk_rows)
+            run = replace(run, chunk_rows=previous.chunk_rows, family=previous.family)
         if previous != run:
             storage.write_atomically(location.child(RUN_FILE), run.to_json())
         return cls(location, source, run)
@@ -153,8 +153,12 @@ class Output:
                 f"the output {self.location} holds {finished.rows:,} finished rows and this run has only {rows:,}, so "
                 "the others would be lost: choose another --output, or give up the others with --overwrite"
             )
-        if chunk_rows is not None and chunk_rows != self.run.chunk_rows:
-            record = replace(self.run, chunk_rows=chunk_rows)
+        record = self.run
+        if chunk_rows is not None:
+            record = replace(record, chunk_rows=chunk_rows)
+        if chunks:
+            record = replace(record, family=chunks[0].id[:FAMILY_CHARS])
+        if record != self.run:
             storage.write_atomically(self.location.child(RUN_FILE), record.to_json())
         done = self.finished(chunks)
         if retry_failures:
@@ -243,6 +247,22 @@ class Output:
 
     def _withdraw_manifest(self) -> None:
         storage.delete(self.location.child(MANIFEST_FILE))
+
+
+def current_parts(record: RunRecord | None, inside: Iterable[storage.Entry]) -> list[storage.Entry]:
+    """The parts in a folder that may be those of the run that it belongs to; of the same first row the newest.
+
+    Parts of an earlier run that this one replaces lie there until it commits.
+    """
+    family = (record.family if record is not None else None) or ""
+    rows = (record.chunk_rows if record is not None else None) or 1
+    newest: dict[str, storage.Entry] = {}
+    for each in sorted(inside, key=lambda entry: entry.modified or 0.0):
+        if each.is_file and is_part(each.name):
+            _, first_row, chunk = each.name.split("-")
+            if chunk.startswith(family) and int(first_row) % rows == 0:
+                newest[first_row] = each
+    return sorted(newest.values(), key=lambda entry: entry.name)
 
 
 def is_part(name: str) -> bool:

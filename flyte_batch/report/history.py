@@ -188,11 +188,13 @@ def _is_finished(folder: Location) -> bool:
 
 
 def _parts(folder: Location) -> list[PartInfo]:
-    """What the parts in a folder say of themselves; those that can't be read are a warning."""
+    """What the parts of the last run in a folder say of themselves; those that can't be read are a warning."""
     from flyte_batch.data import storage
+    from flyte_batch.data.manifest import read_run
+    from flyte_batch.data.output import current_parts
     from flyte_batch.data.parts import read_part_info
 
-    names = [entry for entry in storage.entries(folder) if entry.is_file and entry.name.endswith(".parquet")]
+    names = current_parts(read_run(folder), storage.entries(folder))
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
         infos = list(threads.map(lambda entry: read_part_info(entry.location), names))
     broken = [entry.name for entry, info in zip(names, infos, strict=True) if info is None]

@@ -202,6 +202,34 @@ async def test_a_finished_log_is_not_believed_where_a_later_run_took_the_manifes
     assert (figures(output)["outcome"], figures(output)["rows"]) == ("unfinished", 250)
 
 
+async def test_parts_of_a_run_that_is_being_overwritten_do_not_count(tmp_path: Path) -> None:
+    output = await run(tmp_path, code_version="1", chunk_size=20)
+    overwritten = {part: part.read_bytes() for part in output.glob("part-*.parquet")}
+    await run(tmp_path, code_version="2", overwrite=True)
+    for name in (LOG_FILE, MANIFEST_FILE):  # as if it had been killed
+        (output / name).unlink()
+    sorted(output.glob("part-*.parquet"))[-1].unlink()
+    for part, content in overwritten.items():
+        part.write_bytes(content)
+    assert figures(output)["rows"] == ROWS - 50
+    log = make_log(replicas=0, outcome="running", plan=make_plan(rows=ROWS, chunks=6, chunk_rows=50))
+    (output / LOG_FILE).write_bytes(logs_to_json([log]))
+    assert figures(output)["rows"] == ROWS - 50
+
+
+@pytest.mark.parametrize("first_row", [100, 120])
+async def test_rows_that_were_cut_otherwise_before_count_once(tmp_path: Path, first_row: int) -> None:
+    output = await run(tmp_path, chunk_size=20)
+    (earlier,) = [part for part in output.glob("part-*.parquet") if f"-{first_row:012d}-" in part.name]
+    content = earlier.read_bytes()
+    await run(tmp_path, overwrite=True)
+    for name in (LOG_FILE, MANIFEST_FILE):
+        (output / name).unlink()
+    earlier.write_bytes(content)
+    os.utime(earlier, (1, 1))
+    assert (figures(output)["rows"], figures(output)["failures"]) == (ROWS, 3)
+
+
 async def test_parts_alone_and_a_run_that_only_began_are_outputs_too(tmp_path: Path) -> None:
     output = await run(tmp_path)
     for name in (LOG_FILE, MANIFEST_FILE):
