@@ -26,6 +26,7 @@ from flyte_batch.batching.checks import finite_number
 from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
 from flyte_batch.batching.lanes import PENDING, CallersLane, MapLane, ResultFuture, SubmitLane, fail, new_future
 from flyte_batch.batching.packing import Backlog, Batch
+from flyte_batch.batching.processing import is_lost
 from flyte_batch.batching.stats import BatchStats, Meter
 from flyte_batch.batching.telling import Teller
 from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, DeadlineExceeded, QueueFull
@@ -726,6 +727,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         failures = 0
         if any(issubclass(kind, BaseException) for kind in set(map(type, outcomes))):
             failures = sum(isinstance(outcome, BaseException) for outcome in outcomes)
+            self._meter.lost += sum(map(is_lost, outcomes))
         self._meter.failed += failures  # first: another thread may read meanwhile, and takes the rest for answered
         self._meter.completed += len(batch)
         batch.deliver(outcomes, failures)

@@ -26,6 +26,7 @@ class BatchStats:
         total_submitted: records accepted.
         total_completed: records resolved with a result or an error; abandoned ones are not among them.
         total_failed: those of ``total_completed`` that got an error.
+        total_lost: those of ``total_failed`` that the engine's death took, on the device or in the queue.
         total_abandoned: accepted records that were taken out of the queue, or off a device that can give them back,
             because their caller gave up or their ``timeout_s`` was over.
         total_expired: records whose ``timeout_s`` was over before they had a result.
@@ -52,6 +53,7 @@ class BatchStats:
     total_submitted: int = 0
     total_completed: int = 0
     total_failed: int = 0
+    total_lost: int = 0
     total_abandoned: int = 0
     total_expired: int = 0
     total_batches: int = 0
@@ -127,7 +129,7 @@ class Meter:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.submitted = self.completed = self.failed = self.abandoned = self.expired = 0
+        self.submitted = self.completed = self.failed = self.lost = self.abandoned = self.expired = 0
         self.batches = self.batch_records = self.out_of_memory = 0
         self.batch_cost: float = 0
         self.record_cost: float = 0
@@ -172,6 +174,7 @@ class Meter:
             total_submitted=self.submitted,
             total_completed=self.completed,
             total_failed=self.failed,
+            total_lost=self.lost,
             total_abandoned=self.abandoned,
             total_expired=self.expired,
             total_batches=self.batches,

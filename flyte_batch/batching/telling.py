@@ -14,6 +14,7 @@ from typing import Any
 
 from flyte_batch.batching.lanes import CallersLane
 from flyte_batch.batching.packing import Batch
+from flyte_batch.batching.processing import is_lost
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope, Share
 
@@ -28,16 +29,16 @@ _nobodys = contextvars.Context()
 class _Tally:
     """One caller's records that got their outcome."""
 
-    __slots__ = ("arrivals", "cost", "failed", "records")
+    __slots__ = ("arrivals", "cost", "failed", "lost", "records")
 
     def __init__(self) -> None:
-        self.records = self.failed = 0
+        self.records = self.failed = self.lost = 0
         self.cost = 0.0
         self.arrivals: dict[float, int] = {}
 
     def share(self, scope: Scope, now: float) -> Share:
         latencies = tuple([(now - arrival, records) for arrival, records in self.arrivals.items()])
-        return Share(scope, self.records, self.failed, self.cost, latencies)
+        return Share(scope, self.records, self.failed, self.cost, latencies, self.lost)
 
 
 class _CameBack:
@@ -87,7 +88,9 @@ class _CameBack:
                     arrival = arrivals[index]
                     counts[arrival] = counts.get(arrival, 0) + 1
                 if outcomes is not None:
-                    tally.failed += sum(isinstance(outcome, BaseException) for outcome in outcomes[start:end])
+                    own = outcomes[start:end]
+                    tally.failed += sum(isinstance(outcome, BaseException) for outcome in own)
+                    tally.lost += sum(map(is_lost, own))
                 start = end
         return tuple([tally.share(scope, self.now) for scope, tally in tallies.items()])
 
@@ -229,6 +232,6 @@ class Teller:
     def _tell_failures(self, batch: Batch[Any, Any], outcomes: Sequence[object], at: float) -> None:
         scopes = (lane.scope for lane, tickets in batch.parts for _ in tickets if isinstance(lane, CallersLane))
         for scope, outcome in zip(scopes, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
+            if isinstance(outcome, BaseException) and not is_lost(outcome):
                 failed = type(outcome).__name__, str(outcome)
                 hooks.emit(events.RecordFailed(at, scope, "infer", *failed, self._batcher))

@@ -44,6 +44,7 @@ class Share:
         failed: those of them that got an error.
         cost: of all of them, in the batcher's unit.
         latencies: (seconds from entering the queue to the outcome, records), for each time of arrival.
+        lost: those of ``failed`` on which the engine died. They have no `RecordFailed`.
     """
 
     scope: Scope
@@ -51,6 +52,7 @@ class Share:
     failed: int
     cost: float
     latencies: tuple[tuple[float, int], ...]
+    lost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +247,7 @@ class EngineDied(Event):
         engine: class of the engine, of the batcher where it owns none.
         error: class of what ended it.
         message: what that says.
-        lost: records that were queued or on the device.
+        lost: records that were queued or on the device, but for those that a `Share` names.
     """
 
     batcher: str

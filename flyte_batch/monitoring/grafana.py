@@ -219,8 +219,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 ),
             ),
             Panel(
-                "Records that were given up", "Taken back by their caller, or without a result in time.", "per second",
+                "Records that were lost or given up",
+                "Lost by an engine that died, taken back by their caller, or without a result in time.", "per second",
                 (
+                    Query(_rate(metrics.RECORDS, outcome="lost"), "lost"),
                     Query(_rate(metrics.RECORDS, outcome="abandoned"), "abandoned"),
                     Query(_rate(metrics.RECORDS_EXPIRED), "expired"),
                 ),

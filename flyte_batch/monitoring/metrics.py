@@ -67,7 +67,8 @@ CHUNK_SECONDS = _histogram(
 RECORDS_SUBMITTED = _counter("records_submitted", "Records that batchers accepted.", "engine")
 RECORDS = _counter(
     "records",
-    "Records that left batchers; outcome is ok, failed, or abandoned: taken back, because the caller gave up.",
+    "Records that left batchers; outcome is ok, failed, lost: the engine died, and a chunk asks its next one again, or "
+    "abandoned: taken back, because the caller gave up.",
     "engine",
     "outcome",
 )

@@ -511,10 +511,10 @@ class _Metrics:
         self._batch_s.record(max(0.0, event.at - event.started_at), engine)
         records = sum(share.records for share in event.shares)
         failed = sum(share.failed for share in event.shares)
-        if records > failed:
-            self._records.add(records - failed, engine | _OK)
-        if failed:
-            self._records.add(failed, engine | _FAILED)
+        lost = sum(share.lost for share in event.shares)
+        for number, outcome in ((records - failed, _OK), (failed - lost, _FAILED), (lost, _LOST)):
+            if number:
+                self._records.add(number, engine | outcome)
         callers = {caller: engine | {"caller": caller} for caller in ("chunk", "direct")}
         for caller, latency in _evenly_picked(event.shares, records):
             self._latency_s.record(latency, callers[caller])
@@ -538,7 +538,7 @@ class _Metrics:
     def engine_died(self, event: EngineDied) -> None:
         engine = {"engine": event.engine}
         self._deaths.add(1, engine)
-        self._records.add(event.lost, engine | _FAILED)
+        self._records.add(event.lost, engine | _LOST)
 
     def loop_blocked(self, event: LoopBlocked) -> None:
         self._loop_blocked_s.record(event.seconds)
@@ -582,6 +582,7 @@ class _Metrics:
 
 _OK = {"outcome": "ok"}
 _FAILED = {"outcome": "failed"}
+_LOST = {"outcome": "lost"}
 
 
 def _name(metric: Metric) -> str:

@@ -43,7 +43,8 @@ PUSH_TIMEOUT_S = 10.0
 _FROM_STATS: tuple[tuple[Metric, Labels, Callable[[hooks.Stats], float]], ...] = (
     (metrics.RECORDS_SUBMITTED, (), lambda stats: stats.total_submitted),
     (metrics.RECORDS, ("ok",), lambda stats: stats.total_completed - stats.total_failed),
-    (metrics.RECORDS, ("failed",), lambda stats: stats.total_failed),
+    (metrics.RECORDS, ("failed",), lambda stats: stats.total_failed - stats.total_lost),
+    (metrics.RECORDS, ("lost",), lambda stats: stats.total_lost),
     (metrics.RECORDS, ("abandoned",), lambda stats: stats.total_abandoned),
     (metrics.RECORDS_EXPIRED, (), lambda stats: stats.total_expired),
     (metrics.OUT_OF_MEMORY, (), lambda stats: stats.out_of_memory),

@@ -81,6 +81,10 @@ CASES = [
         {RECORDS % "ok": "0+99x40", RECORDS % "failed": "0+1x40", RECORDS % "abandoned": "0+100x40"}, silent=(15, 30),
     ),
     Case(
+        "FlyteBatchErrorRate", "what a dead engine lost is asked again",
+        {RECORDS % "ok": "0+99x40", RECORDS % "failed": "0+1x40", RECORDS % "lost": "0x10 5000x30"}, silent=(15, 30),
+    ),
+    Case(
         "FlyteBatchErrorRate", "it ends when they fail no more",
         {RECORDS % "ok": "0+90x60", RECORDS % "failed": "0+10x20 200x40"}, fires=(20,), silent=(35, 50),
         summary="10% of the records of pool fail.",

@@ -263,13 +263,15 @@ def of_batchers(series: Series, engine: str = "DynamicBatcher") -> dict[str, flo
     def read(name: str, **labels: str) -> float | None:
         return value(series, f"flyte_batch_{name}", engine=engine, **labels)
 
-    ok, failed = (read("records_total", outcome=outcome) for outcome in ("ok", "failed"))
+    ok, failed, lost = (read("records_total", outcome=outcome) for outcome in ("ok", "failed", "lost"))
     assert ok is not None
     assert failed is not None
+    assert lost is not None
     return {
         "total_submitted": read("records_submitted_total"),
-        "total_completed": ok + failed,
-        "total_failed": failed,
+        "total_completed": ok + failed + lost,
+        "total_failed": failed + lost,
+        "total_lost": lost,
         "total_abandoned": read("records_total", outcome="abandoned"),
         "total_expired": read("records_expired_total"),
         "out_of_memory": read("batches_out_of_memory_total"),
@@ -279,7 +281,7 @@ def of_batchers(series: Series, engine: str = "DynamicBatcher") -> dict[str, flo
 
 
 def in_stats(stats: Any) -> dict[str, float]:
-    names = ("submitted", "completed", "failed", "abandoned", "expired")
+    names = ("submitted", "completed", "failed", "lost", "abandoned", "expired")
     found = {f"total_{name}": getattr(stats, f"total_{name}") for name in names}
     return found | {name: getattr(stats, name) for name in ("out_of_memory", "queued", "running")}
 
@@ -334,7 +336,7 @@ async def test_two_batchers_of_a_kind_are_added_up_and_other_engines_stand_apart
         assert value(series, "flyte_batch_batchers_running", engine="DynamicBatcher") == 2
 
 
-async def test_records_that_a_dead_engine_took_with_it_are_failed_ones(registry: Any) -> None:
+async def test_records_that_a_dead_engine_took_with_it_are_lost_ones(registry: Any) -> None:
     doubler = fb.EngineBatcher(fb.FakeEngine(dies_after=0))
     await doubler.start()
     record = doubler.engine.prepare(fb.Prompt("hello"))
@@ -342,7 +344,9 @@ async def test_records_that_a_dead_engine_took_with_it_are_failed_ones(registry:
         await doubler.map([record] * 5)
     series = scraped(registry)
     assert of_batchers(series, "FakeEngine") == in_stats(doubler.stats)
-    assert value(series, "flyte_batch_records_total", engine="FakeEngine", outcome="failed") == 5
+    assert value(series, "flyte_batch_records_total", engine="FakeEngine", outcome="lost") == 5
+    assert value(series, "flyte_batch_records_total", engine="FakeEngine", outcome="failed") == 0
+    assert not [labels for name, labels in series if name == "flyte_batch_record_failures_total"]
     await doubler.aclose()
     assert value(scraped(registry), "flyte_batch_engine_deaths_total", engine="FakeEngine") == 1
 

@@ -60,6 +60,7 @@ async def test_a_real_server_sees_what_the_batcher_says(registry: Any, tmp_path:
         assert server.query(records) == {
             labels(outcome="ok"): stats.total_completed - stats.total_failed,
             labels(outcome="failed"): stats.total_failed,
+            labels(outcome="lost"): 0,
             labels(outcome="abandoned"): 0,
         }
         utilization = 'sum(flyte_batch_device_seconds_total{state="busy"}) / sum(flyte_batch_device_seconds_total)'
