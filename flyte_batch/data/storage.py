@@ -298,7 +298,8 @@ def write_atomically(location: Location, data: bytes) -> None:
 
     On S3 and Google's store the upload does that by itself. Elsewhere the bytes go to a unique temporary name in the
     same folder, then take the final name in one step; on local file systems they are flushed to the disk first, so that
-    the promise also holds for a power failure.
+    the promise also holds for a power failure. A link's target is what gets the content. What is there and no regular
+    file, a device or a pipe, stays what it is, and is written to as it is.
 
     Raises:
         BadInput: this process may not write there, or the folder is gone.
@@ -315,6 +316,12 @@ def _write(location: Location, data: bytes) -> None:
         stream.write(data)
         stream.close()
         return
+    if location.is_local:
+        location = location.at(os.path.realpath(location.path))
+        target = Path(location.path)
+        if target.exists() and not target.is_file() and not target.is_dir():
+            target.write_bytes(data)
+            return
     temporary = location.parent.child(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         if location.is_local:

@@ -192,3 +192,22 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
         storage.write_atomically(location, b"new")
     assert storage.read_bytes(location) == b"old"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_stays_a_pipe_and_gets_the_content(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    storage.write_atomically(storage.locate(pipe), b"content")
+    assert reader.communicate(timeout=20)[0] == b"content"
+    assert pipe.is_fifo()
+
+
+def test_a_link_stays_a_link_and_its_target_gets_the_content(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder" / "target"
+    link.symlink_to(target)
+    for content in (b"new", b"newer"):
+        storage.write_atomically(storage.locate(link), content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
