@@ -194,6 +194,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._unclosed = True
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
+        self._teller.loop = self._loop
         self._task = self._loop.create_task(
             self._serve(), name=f"{type(self).__name__}-dispatcher", context=contextvars.Context()
         )

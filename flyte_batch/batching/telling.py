@@ -100,7 +100,12 @@ class Teller:
 
     Args:
         batcher: its id.
+
+    Attributes:
+        loop: the batcher's event loop, set by its start. A caller may give up on a record while it does not run.
     """
+
+    loop: asyncio.AbstractEventLoop
 
     def __init__(self, batcher: str) -> None:
         self._batcher = batcher
@@ -117,7 +122,7 @@ class Teller:
     def submitted(self, lane: CallersLane[Any, Any], records: int, cost: float, queued: int) -> None:
         """Records entered the queue."""
         if not self._submitted:
-            asyncio.get_running_loop().call_soon(self._tell_submitted, context=_nobodys)
+            self.loop.call_soon(self._tell_submitted, context=_nobodys)
         of_caller = self._submitted.setdefault(lane.scope, [0, 0.0])
         of_caller[0] += records
         of_caller[1] += cost
@@ -197,7 +202,7 @@ class Teller:
 
     def _set_timer(self) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TELL_AFTER_S, self.tell, context=_nobodys)
+            self._timer = self.loop.call_later(TELL_AFTER_S, self.tell, context=_nobodys)
 
     def tell(self) -> None:
         """Tell of all that came back so far."""

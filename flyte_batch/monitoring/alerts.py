@@ -85,6 +85,7 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
     records, rows = metrics.RECORDS.name, metrics.ROWS.name
     failed_records = _ratio(f'{records}{{outcome="failed"}}', f'{records}{{outcome=~"ok|failed"}}', "job")
     failed_rows = _ratio(f'{rows}{{outcome="failed"}}', rows, "job")
+    late_records = _ratio(metrics.RECORDS_EXPIRED.name, metrics.RECORDS_SUBMITTED.name, "job")
     device, process = metrics.DEVICE_SECONDS.name, "job, instance"
     starved = _ratio(f'{device}{{state="starved"}}', device, process)
     busy_with_chunks = f"sum by ({process}) ({metrics.CHUNKS_RUNNING.name}) > 0"
@@ -92,15 +93,16 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
     return (
         _rule(
             "FlyteBatchErrorRate",
-            f"({failed_records} > {limits.error_rate})\nor\n({failed_rows} > {limits.error_rate})",
+            "\nor\n".join(f"({each} > {limits.error_rate})" for each in (failed_records, failed_rows, late_records)),
             300,
             "critical",
             "{{ $value | humanizePercentage }} of the records of {{ $labels.job }} fail.",
             f"More than {limits.error_rate:.0%} of the records that got an outcome within ten minutes, or of the rows "
-            "that were committed, failed.",
+            "that were committed, failed; or of the records that came had no result when their timeout_s was over.",
             "Look at the panels of failed records and rows by cause, and at the column error of the parts. "
             "MissingValue, PromptTooLong, BadImage and BadRecord are the data's fault, anything else the engine's or "
-            "the code's: stop the run, correct it, and run it again with --retry_failures.",
+            "the code's: stop the run, correct it, and run it again with --retry_failures. Records that are late (panel "
+            "of records that were lost or given up) want more replicas, or fewer callers.",
         ),
         _rule(
             "FlyteBatchStarved",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakSet
@@ -18,7 +19,8 @@ from weakref import WeakSet
 from flyte_batch.monitoring.events import Event
 
 SLOW_S = 0.1
-"""A hook that takes so long is named."""
+"""A hook that takes so long `SLOW_TIMES` times is named: a process that was stopped for a while is no hook's fault."""
+SLOW_TIMES = 3
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class Batcher(Protocol):
 _hooks: tuple[Hook, ...] = ()
 _lock = threading.Lock()
 _failed: set[int] = set()
-_slow: set[int] = set()
+_slow: Counter[int] = Counter()
 _batchers: WeakSet[Batcher] = WeakSet()
 
 
@@ -119,7 +121,7 @@ def subscribe(hook: Hook) -> Callable[[], None]:
         with _lock:
             _hooks = tuple(each for each in _hooks if each is not hook)
             _failed.discard(id(hook))
-            _slow.discard(id(hook))
+            del _slow[id(hook)]
 
     return unsubscribe
 
@@ -148,15 +150,16 @@ def emit(event: Event) -> None:
                     exc_info=True,
                 )
         took = time.perf_counter() - started
-        if took > SLOW_S and id(hook) not in _slow:
-            _slow.add(id(hook))
-            logger.warning(
-                "the monitoring hook %s took %.2f s for %s, and what it was called from waited: let a thread "
-                "of its own do what takes long; it is named once",
-                type(hook).__qualname__,
-                took,
-                type(event).__name__,
-            )
+        if took > SLOW_S:
+            _slow[id(hook)] += 1
+            if _slow[id(hook)] == SLOW_TIMES:
+                logger.warning(
+                    "the monitoring hook %s took %.2f s for %s, and what it was called from waited, not for the first "
+                    "time: let a thread of its own do what takes long; it is named once",
+                    type(hook).__qualname__,
+                    took,
+                    type(event).__name__,
+                )
 
 
 def register_batcher(batcher: Batcher) -> None:

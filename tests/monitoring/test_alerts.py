@@ -43,6 +43,8 @@ class Case:
 
 ON_REPLICA = (("job", "pool"), ("instance", "r1"))
 RECORDS = f'flyte_batch_records_total{{{REPLICA},engine="VLLMEngine",outcome="%s"}}'
+SUBMITTED = f'flyte_batch_records_submitted_total{{{REPLICA},engine="VLLMEngine"}}'
+EXPIRED = f'flyte_batch_records_expired_total{{{REPLICA},engine="VLLMEngine"}}'
 ROWS = f'flyte_batch_rows_total{{{REPLICA},outcome="%s"}}'
 DEVICE = f'flyte_batch_device_seconds_total{{{REPLICA},engine="VLLMEngine",state="%s"}}'
 CHUNKS = f"flyte_batch_chunks_running{{{REPLICA}}}"
@@ -83,6 +85,15 @@ CASES = [
     Case(
         "FlyteBatchErrorRate", "what a dead engine lost is asked again",
         {RECORDS % "ok": "0+99x40", RECORDS % "failed": "0+1x40", RECORDS % "lost": "0x10 5000x30"}, silent=(15, 30),
+    ),
+    Case(
+        "FlyteBatchErrorRate", "callers that get nothing in time, from an engine that gives records back",
+        {SUBMITTED: "0+100x40", EXPIRED: "0+10x40", RECORDS % "ok": "0x40", RECORDS % "abandoned": "0+100x40"},
+        fires=(15, 30), summary="10% of the records of pool fail.",
+    ),
+    Case(
+        "FlyteBatchErrorRate", "one in a hundred may be late",
+        {SUBMITTED: "0+100x40", EXPIRED: "0+1x40", RECORDS % "ok": "0+100x40"}, silent=(15, 30),
     ),
     Case(
         "FlyteBatchErrorRate", "it ends when they fail no more",
@@ -239,7 +250,7 @@ def test_thresholds_come_where_they_belong() -> None:
         error_rate=0.011, starved=0.022, no_progress_s=33.3, engine_deaths=44, p99_latency_s=5.5, loop_blocked=0.066
     )
     found = {rule["alert"]: rule for rule in yaml.safe_load(rules(given))["groups"][0]["rules"]}
-    assert found["FlyteBatchErrorRate"]["expr"].count("> 0.011") == 2
+    assert found["FlyteBatchErrorRate"]["expr"].count("> 0.011") == 3
     assert "> 0.022" in found["FlyteBatchStarved"]["expr"]
     assert found["FlyteBatchRunStalled"]["for"] == found["FlyteBatchReplicaStalled"]["for"] == "34s"
     assert ">= 44" in found["FlyteBatchEngineRestarts"]["expr"]

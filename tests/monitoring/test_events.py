@@ -281,14 +281,48 @@ class Slow:
         time.sleep(hooks.SLOW_S + 0.02)
 
 
-def test_a_slow_hook_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_that_is_slow_again_and_again_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     unsubscribe = hooks.subscribe(Slow())
+    for _ in range(hooks.SLOW_TIMES - 1):
+        hooks.emit(events.EngineLoading(0.0, "x"))
+    assert caplog.messages == []
     for _ in range(2):
         hooks.emit(events.EngineLoading(0.0, "x"))
     unsubscribe()
     (said,) = caplog.messages
     assert said.startswith("the monitoring hook Slow took 0.1")
-    assert "for EngineLoading, and what it was called from waited: let a thread" in said
+    assert "for EngineLoading, and what it was called from waited, not for the first time" in said
+
+
+def test_a_caller_may_give_up_while_the_loop_does_not_run_and_somebody_listens() -> None:
+    gate = threading.Event()
+
+    def process(batch: list[int]) -> list[int]:
+        gate.wait()
+        return batch
+
+    async def give_up_between(batcher: fb.DynamicBatcher[int, int]) -> tuple[asyncio.Future[int], asyncio.Task[Any]]:
+        await batcher.start()
+        await batcher.submit_batch([0, 0])
+        while not batcher.stats.running:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        queued = await batcher.submit_batch([1, 2])
+        waiting = asyncio.create_task(batcher.submit(3))
+        await asyncio.sleep(0)
+        return queued[0], waiting
+
+    async def result(waiting: asyncio.Task[Any]) -> Any:
+        async with asyncio.timeout(10):
+            return await (await waiting)
+
+    with asyncio.Runner() as runner, listening() as heard:
+        batcher = fb.DynamicBatcher[int, int](process, max_queue_size=2, max_batch_size=2, batch_timeout_s=0)
+        first, waiting = runner.run(give_up_between(batcher))
+        first.cancel()
+        gate.set()
+        assert runner.run(result(waiting)) == 3
+        runner.run(batcher.stop())
+    assert sum(event.records for event in heard.of(events.RecordsSubmitted)) == 5
 
 
 def test_a_hook_that_was_taken_away_hears_nothing_and_twice_is_fine() -> None:
