@@ -98,7 +98,31 @@ def test_a_run_that_breaks_off_says_how_far_it_came() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         break_off()
-    assert out.getvalue().startswith("100/1,000 rows (10%), 100 rows/s, time left not known yet, 0 failed")
+    assert out.getvalue().startswith("100/1,000 rows (10%), 100 rows/s, stopped, 0 failed")
+
+
+@pytest.mark.parametrize("outcome", ["failed", "cancelled"])
+def test_the_last_line_of_a_run_that_ended_early_says_how_it_ended_and_not_how_long_is_left(outcome: str) -> None:
+    log = a_log(slots=1)
+    view, out, clock = a_plain_view(log)
+    with view:
+        for _ in range(3):
+            clock.now += 2
+            add(log, clock.now)
+            view.refresh()
+        assert "14 s left" in out.getvalue().splitlines()[-1]
+        log.outcome = outcome  # type: ignore[assignment]
+    *_, before, last = out.getvalue().splitlines()
+    assert before.startswith("300/1,000 rows (30%), 50 rows/s, 14 s left, 0 failed")
+    assert last.startswith(f"300/1,000 rows (30%), 50 rows/s, {outcome}, 0 failed")
+
+
+def test_a_run_that_ended_before_its_first_row_prints_no_line() -> None:
+    log = a_log()
+    view, out, _ = a_plain_view(log)
+    with view:
+        log.outcome = "failed"
+    assert out.getvalue() == ""
 
 
 def test_a_run_with_nothing_to_do_prints_only_what_it_is_told_to_say() -> None:

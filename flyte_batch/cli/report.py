@@ -11,6 +11,7 @@ import click
 from flyte_batch.errors import BadInput
 
 if TYPE_CHECKING:
+    from flyte_batch.data.storage import Location
     from flyte_batch.report.run_log import RunLog
 
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 @click.option("--open", "show", is_flag=True, help="Open the page in a browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON instead of text.")
 def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
-    """Make a run's report again: OUTPUT is the folder or URI of its parts, finished or not."""
+    """Make a run's report again: OUTPUT is the folder or URI of its parts, finished or not.
+
+    Where the page can't be written the figures are printed nevertheless, and the exit code is 1.
+    """
     from flyte_batch.data import storage
     from flyte_batch.report.answer import summary
     from flyte_batch.report.history import detailed, logs_of, silent_s
@@ -35,19 +39,29 @@ def command(output: str, html: str | None, show: bool, as_json: bool) -> None:
         about = detailed(logs)
         page = storage.locate(html) if html is not None else folder.child(PAGE_FILE)
         content = render_page(logs, sample_answers(folder, logs[-1])).encode()
-        try:
-            storage.write_atomically(page, content)
-        except BadInput as error:
-            raise BadInput(f"{error}: name another file with --html") from error
     except (BadInput, OSError) as error:
         raise click.ClickException(str(error)) from error
+    failed = _write(page, content)
     if as_json:
-        click.echo(json.dumps(_figures(logs[-1], about) | {"report": page.uri}, indent=1))
+        click.echo(json.dumps(_figures(logs[-1], about) | {"report": None if failed else page.uri}, indent=1))
     else:
-        for line in (*summary(logs[-1], about, silent), f"report: {page.uri}"):
+        for line in (*summary(logs[-1], about, silent), *([] if failed else [f"report: {page.uri}"])):
             click.echo(line)
+    if failed:
+        raise click.ClickException(f"the page was not written: {failed}: name another file with --html")
     if show:
         click.launch(page.uri)
+
+
+def _write(page: Location, content: bytes) -> str:
+    """Write the page; gives why that failed, "" where it did not."""
+    from flyte_batch.data import storage
+
+    try:
+        storage.write_atomically(page, content)
+    except (BadInput, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _figures(last: RunLog, log: RunLog) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class RunView:
         self._figures_due = 0.0
         self._is_stale = False
         self._printed_at, self._printed_rows = clock(), log.rows
+        self._has_told_left = False
         self._is_over = False
 
     def __enter__(self) -> Self:
@@ -64,8 +65,8 @@ class RunView:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._display.stop()
-        if self._printed_rows != self._log.rows and not self._is_over:
-            self._print_line()
+        if (self._printed_rows != self._log.rows or self._has_told_left) and not self._is_over:
+            self._print_line(is_over=True)
 
     def say(self, line: str) -> None:
         """Print a line now."""
@@ -80,9 +81,10 @@ class RunView:
         if self._display.is_plain and (is_last or now - self._printed_at >= SECONDS_BETWEEN_LINES):
             self._print_line()
 
-    def _print_line(self) -> None:
+    def _print_line(self, *, is_over: bool = False) -> None:
         self._printed_at, self._printed_rows = self._clock(), self._log.rows
-        self.say(line(Figures.of(self._log), self._pace, self._clock()))
+        self._has_told_left = self._log.rows < self._log.plan.rows
+        self.say(line(Figures.of(self._log), self._pace, self._clock(), is_over=is_over))
 
     def _before_last(self) -> None:
         """The live view draws its last frame next."""

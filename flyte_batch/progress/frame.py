@@ -88,7 +88,7 @@ def _speed(figures: Figures, pace: Pace, now: float) -> str:
 def _time(moment: Moment) -> str:
     elapsed = timedelta(seconds=int(moment.pace.elapsed(moment.now)))
     if moment.is_over:
-        return f"{elapsed}, {'stopped' if moment.figures.outcome == 'running' else moment.figures.outcome}"
+        return f"{elapsed}, {texts.ending(moment.figures)}"
     left = moment.pace.left(moment.now)
     return f"{elapsed}, " + ("time left not known yet" if left is None else f"about {seconds(left)} left")
 

@@ -11,13 +11,17 @@ from flyte_batch.report.run_log import TimeShares
 MOST_CAUSES = 3
 
 
-def line(figures: Figures, pace: Pace, now: float) -> str:
-    """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed, 9,120 tokens/s, device busy 91%``; see `rows`."""
+def line(figures: Figures, pace: Pace, now: float, *, is_over: bool) -> str:
+    """``1,200/5,000 rows (24%), 512 rows/s, 7 s left, 0 failed, 9,120 tokens/s, device busy 91%``; see `rows`.
+
+    Of a run that is over, and did not come through, `ending` stands in place of the time left.
+    """
     left = pace.left(now)
+    later = "time left not known yet" if left is None else f"{seconds(left)} left"
     parts = [
         rows(figures),
         f"{number(pace.rate(now))} rows/s",
-        "time left not known yet" if left is None else f"{seconds(left)} left",
+        ending(figures) if is_over else later,
         failures(figures),
     ]
     if figures.done >= figures.total:
@@ -27,6 +31,11 @@ def line(figures: Figures, pace: Pace, now: float) -> str:
     if figures.shares.total > 0:
         parts.append(f"device busy {percent(figures.shares.utilization)}")
     return ", ".join(parts)
+
+
+def ending(figures: Figures) -> str:
+    """How a run that is over ended: ``done``, ``failed``, ``cancelled``; ``stopped`` where nobody told."""
+    return "stopped" if figures.outcome == "running" else figures.outcome
 
 
 def rows(figures: Figures) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from click.testing import CliRunner, Result
 
 import flyte_batch as fb
 from flyte_batch.cli.report import command
+from flyte_batch.data import storage
 from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE
+from flyte_batch.data.storage import Location
 from flyte_batch.report.history import LOG_FILE, SILENT_S
 from flyte_batch.report.keeper import PAGE_FILE
 from flyte_batch.report.run_log import logs_from_json, logs_to_json
@@ -321,11 +324,32 @@ def test_what_is_no_output_is_refused_in_one_line(tmp_path: Path, given: str, co
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_page_that_can_not_be_written_names_the_option(tmp_path: Path) -> None:
+def test_a_page_that_can_not_be_written_costs_the_figures_nothing_and_names_the_option(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
-    result = report(tmp_path, "--html", tmp_path / "no" / "such" / "page.html")
+    (tmp_path / PAGE_FILE).mkdir()
+    for where in ((), ("--html", tmp_path / "no" / "such" / "page.html")):
+        result = report(tmp_path, *where)
+        assert result.exit_code == 1
+        assert result.stdout.startswith("8,000 of 8,000 rows answered")
+        assert "report:" not in result.stdout
+        assert result.stderr.startswith("Error: the page was not written: ")
+        assert "name another file with --html" in result.stderr
+    told = report(tmp_path, "--json")
+    assert told.exit_code == 1
+    assert json.loads(told.stdout)["report"] is None
+    assert json.loads(told.stdout)["rows"] == 8000
+
+
+def test_on_a_full_disk_the_figures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(location: Location, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, f"can't write {location}: No space left on device")
+
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
+    monkeypatch.setattr(storage, "write_atomically", write)
+    result = report(tmp_path)
     assert result.exit_code == 1
-    assert "name another file with --html" in result.stderr
+    assert result.stdout.startswith("8,000 of 8,000 rows answered")
+    assert "No space left on device" in result.stderr
 
 
 def test_it_is_a_command_of_flyte(tmp_path: Path) -> None:
