@@ -86,9 +86,13 @@ class Guard:
 
     def note_processes(self) -> None:
         """In a replica, have all processes that it has started so far killed at its end, however it comes."""
-        if self._replica is not None:
-            with self._telling:
+        if self._replica is None:
+            return
+        with self._telling:
+            try:
                 self._reaper.tell(below(os.getpid()))
+            except OSError:  # no room for one more process: what is there goes on
+                logger.warning("what this replica started may outlive it", exc_info=True)
 
     def end_replica_soon(self, why: str, grace_s: float = 2.0) -> None:
         """End this process if it is a replica, once its calls had time to say how they failed.

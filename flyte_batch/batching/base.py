@@ -279,6 +279,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         self._meter.on_device(0)
         pending = (*on_device, self._backlog.take_all())
         if lost and hooks.is_anybody_listening():
+            self._teller.tell()
             died = type(cause).__name__, str(cause), sum(map(len, pending))
             hooks.emit(events.EngineDied(time.time(), self.id, self.engine_name, *died))
         for batch in pending:

@@ -251,7 +251,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         flight.beside = self._cost
         flight.started_at = time.time()
         if hooks.is_anybody_listening():
-            self._teller.admitted(flight.cost, self._fullness, len(self._backlog), flight.started_at)
+            self._teller.admitted(flight.cost, self._fullness(), len(self._backlog), flight.started_at)
         self._meter.on_device(len(self._flights))
         if self._meter.phase != "busy":
             self._meter.enter("busy")

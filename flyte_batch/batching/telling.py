@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flyte_batch.batching.lanes import CallersLane
@@ -21,9 +21,6 @@ from flyte_batch.monitoring.events import Scope, Share
 TELL_AFTER_S = 0.002
 """Long enough for the thread of a batch to have begun, which needs the interpreter's lock for that; also how far apart
 records may have come back that are told of together, and so how wrong a latency can be."""
-
-_nobodys = contextvars.Context()
-"""Where a batcher's events are told: they are of many callers, so none of theirs."""
 
 
 class _Tally:
@@ -109,12 +106,13 @@ class Teller:
 
     def __init__(self, batcher: str) -> None:
         self._batcher = batcher
+        self._context = contextvars.Context()  # events are of many callers, so they are told in none of theirs
         self._queued = 0
         self._submitted: dict[Scope, list[float]] = {}  # scope -> records, cost
+        self._submitted_at = 0.0
         self._formed = self._done = 0
         self._admitted = 0
-        self._admitted_cost = self._admitted_at = 0.0
-        self._fullness: Callable[[], float]
+        self._admitted_cost = self._admitted_at = self._admitted_fill = 0.0
         self._untold: list[_CameBack] = []
         self._together: _CameBack | None = None  # the last of them, if others may join it
         self._timer: asyncio.TimerHandle | None = None
@@ -122,7 +120,8 @@ class Teller:
     def submitted(self, lane: CallersLane[Any, Any], records: int, cost: float, queued: int) -> None:
         """Records entered the queue."""
         if not self._submitted:
-            self.loop.call_soon(self._tell_submitted, context=_nobodys)
+            self._submitted_at = time.time()
+            self.loop.call_soon(self._tell_submitted, context=self._context)
         of_caller = self._submitted.setdefault(lane.scope, [0, 0.0])
         of_caller[0] += records
         of_caller[1] += cost
@@ -134,13 +133,14 @@ class Teller:
         self._formed += 1
         hooks.emit(events.BatchFormed(at or time.time(), self._batcher, self._formed, records, cost, fill, queued))
 
-    def admitted(self, cost: float, fullness: Callable[[], float], queued: int, at: float) -> None:
-        """A record goes to the device by itself; told with those that follow."""
+    def admitted(self, cost: float, fill: float, queued: int, at: float) -> None:
+        """A record goes to the device by itself; told with those that follow, as full as the last of them made it."""
         if not self._admitted:
-            self._admitted_at, self._fullness = at, fullness
+            self._admitted_at = at
             self._set_timer()
         self._admitted += 1
         self._admitted_cost += cost
+        self._admitted_fill = fill
         self._queued = queued
 
     def came_back(
@@ -202,7 +202,7 @@ class Teller:
 
     def _set_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(TELL_AFTER_S, self.tell, context=_nobodys)
+            self._timer = self.loop.call_later(TELL_AFTER_S, self.tell, context=self._context)
 
     def tell(self) -> None:
         """Tell of all that came back so far."""
@@ -211,7 +211,7 @@ class Teller:
             self._timer = None
         self._tell_submitted()
         if self._admitted:
-            admitted = self._admitted, self._admitted_cost, self._fullness(), self._queued, self._admitted_at
+            admitted = self._admitted, self._admitted_cost, self._admitted_fill, self._queued, self._admitted_at
             self._admitted, self._admitted_cost = 0, 0.0
             self.formed(*admitted)
         untold, self._untold, self._together = self._untold, [], None
@@ -222,7 +222,7 @@ class Teller:
         submitted, self._submitted = self._submitted, {}
         for scope, (records, cost) in submitted.items():
             counts = int(records), cost, self._queued
-            hooks.emit(events.RecordsSubmitted(time.time(), self._batcher, scope, *counts))
+            hooks.emit(events.RecordsSubmitted(self._submitted_at, self._batcher, scope, *counts))
 
     def _tell_of(self, back: _CameBack) -> None:
         for batch, outcomes in back.batches:

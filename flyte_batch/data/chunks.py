@@ -26,7 +26,7 @@ RESULT_COLUMNS = ("response", "finish_reason", "error", "prompt_tokens", "respon
 
 _ID_VERSION = 1
 FAMILY_CHARS = 6
-"""Of a chunk's id: equal in all chunks of the same settings and columns, so that a part's name tells whose it is."""
+"""Of a chunk's id: equal in all chunks of the same settings, columns and size; so a part's name tells whose it is."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ def plan_chunks(
     schema = source.encoded_schema
     common = hashlib.sha256(f"{_ID_VERSION}\n{schema}\n{canonical_json(settings)}".encode()).hexdigest()
 
+    family = hashlib.sha256(f"{common}\n{rows_per_chunk}".encode()).hexdigest()[:FAMILY_CHARS]
+
     chunks: list[Chunk] = []
     file_index, file_first_row = 0, 0  # the file that holds the row we are at, and the row that file begins with
     for first_row in range(0, rows, rows_per_chunk):
@@ -167,7 +169,7 @@ def plan_chunks(
         content = [(span.format, span.digest, span.skip, span.start, span.stop) for span in spans]
         chunks.append(
             Chunk(
-                id=common[:FAMILY_CHARS] + hashlib.sha256(f"{common}\n{json.dumps(content)}".encode()).hexdigest()[:26],
+                id=family + hashlib.sha256(f"{common}\n{json.dumps(content)}".encode()).hexdigest()[FAMILY_CHARS:32],
                 index=len(chunks),
                 first_row=first_row,
                 rows=last_row - first_row,

@@ -255,12 +255,11 @@ def current_parts(record: RunRecord | None, inside: Iterable[storage.Entry]) -> 
     Parts of an earlier run that this one replaces lie there until it commits.
     """
     family = (record.family if record is not None else None) or ""
-    rows = (record.chunk_rows if record is not None else None) or 1
     newest: dict[str, storage.Entry] = {}
     for each in sorted(inside, key=lambda entry: entry.modified or 0.0):
         if each.is_file and is_part(each.name):
             _, first_row, chunk = each.name.split("-")
-            if chunk.startswith(family) and int(first_row) % rows == 0:
+            if chunk.startswith(family):
                 newest[first_row] = each
     return sorted(newest.values(), key=lambda entry: entry.name)
 

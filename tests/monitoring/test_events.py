@@ -104,6 +104,44 @@ async def test_each_record_is_told_of_once_with_its_own_callers_scope(kind: int,
     assert sum(event.cost for event in done) == pytest.approx(stats.total_batch_cost)
 
 
+@BOTH
+async def test_events_come_in_the_order_of_their_times_and_a_death_after_what_came_before_it(
+    kind: int, heard: Listener
+) -> None:
+    batcher = batchers(dies_after=24)[kind]()
+    await batcher.start()
+    await batcher.map([batcher.engine.prepare(fb.Prompt("one")) for _ in range(8)])
+    records = [batcher.engine.prepare(fb.Prompt("one")) for _ in range(500)]
+    await batcher.map(records, return_exceptions=True)
+    await batcher.stop()
+    assert isinstance(heard.events[-1], events.EngineDied)
+    assert all(event.fill > 0 for event in heard.of(events.BatchFormed))
+    first = [next(event.at for event in heard.events if isinstance(event, kind)) for kind in (
+        events.RecordsSubmitted, events.BatchFormed, events.BatchDone, events.EngineDied)]  # fmt: skip
+    assert first == sorted(first)
+
+
+def test_batchers_of_event_loops_on_several_threads_tell_of_all_their_records(heard: Listener) -> None:
+    class Lingering:
+        def on_event(self, event: Event) -> None:
+            time.sleep(0.0005)  # so that the threads are in it at the same time
+
+    async def ask() -> None:
+        async with batchers()[1]() as batcher:
+            for _ in range(20):
+                await batcher.map([batcher.engine.prepare(fb.Prompt("one")) for _ in range(20)])
+
+    unsubscribe = hooks.subscribe(Lingering())
+    threads = [threading.Thread(target=asyncio.run, args=(ask(),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    unsubscribe()
+    assert sum(event.records for event in heard.of(BatchDone)) == 3 * 20 * 20
+    assert sum(event.records for event in heard.of(events.RecordsSubmitted)) == 3 * 20 * 20
+
+
 async def test_records_that_come_out_in_one_step_are_one_event(heard: Listener) -> None:
     async with fb.ContinuousBatcher(fb.FakeContinuousEngine(), max_in_flight=64) as batcher:
         await batcher.map([batcher.engine.prepare(fb.Prompt("same length")) for _ in range(64)])
