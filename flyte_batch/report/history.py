@@ -33,29 +33,29 @@ SILENT_S = 120.0
 _FOOTERS_AT_ONCE = 16
 
 
-def earlier_logs(folder: Location, most: int) -> list[RunLog]:
-    """The logs of earlier runs over an output, all but the last that did something cut to their sums.
+def other_logs(folder: Location, data: bytes, own: RunLog) -> list[RunLog]:
+    """The logs of other runs over an output, the last ones, all but the last that did something cut to their sums.
+
+    Runs of other drivers that work on the output at the same time are among them.
 
     Args:
         folder: the output.
-        most: of them, the last ones.
-
-    Raises:
-        OSError, BadInput: the storage can't be read.
+        data: what its `LOG_FILE` holds; if that can't be understood, it is a warning.
+        own: of the run that asks.
     """
-    from flyte_batch.data import storage
-
     try:
-        data = storage.read_bytes(folder.child(LOG_FILE))
-    except FileNotFoundError:
-        return []
-    try:
-        logs = logs_from_json(data)[-most:]
+        logs = logs_from_json(data)
     except ValueError as error:
         logger.warning("what earlier runs left in %s is not kept: %s", folder.child(LOG_FILE), error)
         return []
-    whole = _busy(logs)
-    return [_over(log if log is whole else _sums(log)) for log in logs]
+    others = [log for log in logs if _identity(log) != _identity(own)][-(MOST_RUNS - 1) :]
+    whole = _busy(others)
+    return [_over(log if log is whole else _sums(log)) for log in others]
+
+
+def _identity(log: RunLog) -> tuple[float, str, str]:
+    """What no two runs over one output have in common."""
+    return log.started, log.run, log.action
 
 
 def detailed(logs: Sequence[RunLog]) -> RunLog:

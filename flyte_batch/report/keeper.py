@@ -11,11 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from flyte_batch.monitoring import clock
-from flyte_batch.report.history import LOG_FILE, MOST_RUNS, earlier_logs
+from flyte_batch.report.history import LOG_FILE, other_logs
 from flyte_batch.report.run_log import RunLog, logs_to_json
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ class ReportKeeper:
         except TimeoutError:
             self._warn(f"it was not written within {self._patience_s:g} s")
 
+    @property
+    def has_page(self) -> bool:
+        """Whether the page of the run is in the output."""
+        return self._files.has_page
+
     async def _keep(self) -> None:
         wait = self._first_s
         while True:
@@ -127,8 +133,10 @@ class _Files:
         self._folder = folder
         self._lock = threading.Lock()
         self._written = 0.0
-        self._earlier: list[RunLog] | None = None
+        self._content = b""
+        self._others: list[RunLog] = []
         self._samples: Sequence[SampleAnswer] = ()
+        self.has_page = False
 
     def write(self, log: RunLog, published: bool, last: bool) -> str:
         """Write the log, and with the last one the page; gives the fragment where that is to be published."""
@@ -140,15 +148,20 @@ class _Files:
             if log.ended < self._written:  # a later log was written meanwhile
                 return ""
             self._written = log.ended
-            if self._earlier is None:
-                self._earlier = earlier_logs(self._folder, MOST_RUNS - 1)
-            logs = [*self._earlier, log]
-            storage.write_atomically(self._folder.child(LOG_FILE), logs_to_json(logs))
+            location = self._folder.child(LOG_FILE)
+            with suppress(FileNotFoundError):
+                content = storage.read_bytes(location)
+                if content != self._content:  # an earlier run's, or another driver works on this output, too
+                    self._others = other_logs(self._folder, content, log)
+            logs = [*self._others, log]
+            self._content = logs_to_json(logs)
+            storage.write_atomically(location, self._content)
             if len(self._samples) < SAMPLES and (published or last):
                 self._samples = sample_answers(self._folder, log)
             if last:
                 page = render_page(logs, self._samples)
                 storage.write_atomically(self._folder.child(PAGE_FILE), page.encode())
+                self.has_page = True
             return render_fragment(logs, self._samples) if published else ""
 
 

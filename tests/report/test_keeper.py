@@ -15,7 +15,7 @@ from flyte_batch.data import storage
 from flyte_batch.data.storage import Location
 from flyte_batch.report import keeper
 from flyte_batch.report.answer import tokens_done
-from flyte_batch.report.history import LOG_FILE, MOST_RUNS, logs_of
+from flyte_batch.report.history import LOG_FILE, MOST_RUNS, logs_of, other_logs
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper, pause_s
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from tests.report.logs import STARTED, make_log, with_stalls
@@ -53,8 +53,10 @@ def finish(log: RunLog) -> None:
 
 async def test_at_the_end_log_page_and_fragment_tell_how_it_ended(tmp_path: Path) -> None:
     log, shown = running_log(), Shown()
-    async with ReportKeeper(log, storage.locate(tmp_path), shown):
+    async with ReportKeeper(log, storage.locate(tmp_path), shown) as keeper_of_it:
         finish(log)
+        assert not keeper_of_it.has_page
+    assert keeper_of_it.has_page
     assert kept(tmp_path) == [log]
     assert len(shown.fragments) == 1
     for html in (*shown.fragments, (tmp_path / PAGE_FILE).read_text()):
@@ -135,6 +137,47 @@ async def test_a_run_that_had_nothing_to_do_costs_the_one_before_nothing(tmp_pat
     assert parse((tmp_path / PAGE_FILE).read_text()).table("All replicas over time")
 
 
+async def test_of_two_drivers_on_one_output_at_once_both_runs_are_kept(tmp_path: Path) -> None:
+    (tmp_path / LOG_FILE).write_bytes(logs_to_json([make_log()]))
+    first, second = running_log(), running_log()
+    shown, shown_too = Shown(), Shown()
+    async with ReportKeeper(first, storage.locate(tmp_path), shown, every_s=3600, first_s=0.01):
+        await shown.wait()
+        async with ReportKeeper(second, storage.locate(tmp_path), shown_too, every_s=3600, first_s=0.01):
+            await shown_too.wait()
+            assert [log.outcome for log in kept(tmp_path)] == ["done", "unfinished", "running"]
+            finish(second)
+        finish(first)
+    logs = kept(tmp_path)
+    assert [(log.started, log.outcome) for log in logs] == [
+        (STARTED, "done"),
+        (second.started, "done"),
+        (first.started, "done"),
+    ]
+    assert logs[1:] == [second, first]
+
+
+async def test_a_log_that_nobody_else_wrote_is_read_and_not_made_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_out: list[bytes] = []
+
+    def count(folder: Location, data: bytes, own: RunLog) -> list[RunLog]:
+        made_out.append(data)
+        return other_logs(folder, data, own)
+
+    monkeypatch.setattr(keeper, "other_logs", count)
+    left = logs_to_json([make_log()])
+    (tmp_path / LOG_FILE).write_bytes(left)
+    log, shown = running_log(), Shown()
+    async with ReportKeeper(log, storage.locate(tmp_path), shown, every_s=0.01):
+        for _ in range(3):
+            await shown.wait()
+        finish(log)
+    assert made_out == [left]
+    assert len(kept(tmp_path)) == 2
+
+
 async def test_a_broken_log_of_earlier_runs_is_a_warning_and_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,8 +214,9 @@ async def test_a_folder_that_takes_no_files_costs_the_run_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = running_log()
-    async with ReportKeeper(log, storage.locate(tmp_path / "missing")):
+    async with ReportKeeper(log, storage.locate(tmp_path / "missing")) as kept_nowhere:
         finish(log)
+    assert not kept_nowhere.has_page
     assert "not up to date" in caplog.text
     assert log.outcome == "done"
 
