@@ -192,7 +192,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             self._meter.enter("busy")
             self._meter.on_device(len(batch))
             started_at = time.time()
-            self._teller.tell_soon()  # when this batch is on its way
+            self._teller.tell_soon()  # of the half before
             outcome = await self._processor.call(batch.records)
             self._count(batch)
             if isinstance(outcome, list):
@@ -203,7 +203,9 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 self._failed(batch, outcome, started_at)
         self._call_under_way = None
         self._meter.enter("assembling" if len(self._backlog) else "starved")
-        if not self._is_due():
+        if self._is_due():
+            self._teller.tell_soon()  # when the next batch is on its way
+        else:
             self._teller.tell()
         if (task := asyncio.current_task()) is not None and task.cancelling():
             # process_fn swallowed a cancellation that was meant for us.

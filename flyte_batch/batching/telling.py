@@ -202,10 +202,13 @@ class Teller:
 
     def _set_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(TELL_AFTER_S, self.tell, context=self._context)
+            self._timer = self.loop.call_later(TELL_AFTER_S, self._tell, context=self._context)
 
     def tell(self) -> None:
-        """Tell of all that came back so far."""
+        """Tell of all that came back so far, whoever calls this."""
+        contextvars.Context().run(self._tell)
+
+    def _tell(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

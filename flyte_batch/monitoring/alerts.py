@@ -101,7 +101,7 @@ def _rules(limits: Thresholds) -> tuple[dict[str, Any], ...]:
             "that were committed, failed; or of the records that came had no result when their timeout_s was over.",
             "Look at the panels of failed records and rows by cause, and at the column error of the parts. "
             "MissingValue, PromptTooLong, BadImage and BadRecord are the data's fault, anything else the engine's or "
-            "the code's: stop the run, correct it, and run it again with --retry_failures. Records that are late (panel of "
+            "the code's: stop the run, correct it, and run it again with --retry_failures. Late records (panel of "
             "records that were lost or given up) want more replicas, or fewer callers.",
         ),
         _rule(

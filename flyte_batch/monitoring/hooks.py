@@ -1,9 +1,9 @@
 """Who hears of events: `subscribe` a `Hook`, and every event of the process is given to it.
 
 A hook is called where the event happens, mostly on the event loop, sometimes on a thread (`LoopBlocked`): it must be
-quick, and leave slow work to a thread of its own; one that is not is named once. Whatever it raises is logged once and
-goes no further, a ``CancelledError`` included; only ``KeyboardInterrupt`` and ``SystemExit``, with which signals end a
-process, do.
+quick, and leave slow work to a thread of its own; one that is slow again and again is named. Whatever it raises is
+logged once and goes no further, a ``CancelledError`` included; only ``KeyboardInterrupt`` and ``SystemExit``, with
+which signals end a process, do.
 """
 
 from __future__ import annotations

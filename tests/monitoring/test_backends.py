@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -106,6 +110,84 @@ def test_a_library_that_is_not_installed_is_named_with_the_extra(tmp_path: Path)
     assert "prometheus is off, because prometheus_client can't be imported: install flyte-batch with the extra" in (
         done.stderr
     )
+
+
+class Takers(ThreadingHTTPServer):
+    """A gateway and a collector that answer nobody before all that a process sends at its end has been asked for.
+
+    Attributes:
+        asked: paths, of the last spans and metrics.
+    """
+
+    def __init__(self, answers_after: int) -> None:
+        self.asked: list[str] = []
+        self.barrier = threading.Barrier(answers_after)
+        super().__init__(("127.0.0.1", 0), _Taker)
+        self._thread = threading.Thread(target=self.serve_forever)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def close(self) -> None:
+        self.barrier.abort()
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+
+class _Taker(BaseHTTPRequestHandler):
+    server: Takers
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(self.path.split("/instance/")[0])
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.server.barrier.wait()
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_PUT = do_POST  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def takers(request: pytest.FixtureRequest) -> Iterator[Takers]:
+    pytest.importorskip("flyteplugins.otel", reason="needs the extra monitoring")
+    pytest.importorskip("prometheus_client")
+    takers = Takers(answers_after=request.param)
+    yield takers
+    takers.close()
+
+
+def run_to_its_end(folder: Path, takers: Takers) -> str:
+    """What a run says whose spans and metrics are sent at its end only."""
+    done = run(
+        folder, f"push:{takers.url},otel", OTEL_EXPORTER_OTLP_ENDPOINT=takers.url, OTEL_BSP_SCHEDULE_DELAY="600000"
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(takers.asked) == ["/metrics/job/flyte_batch", "/v1/metrics", "/v1/traces"]
+    return done.stderr
+
+
+@pytest.mark.parametrize("takers", [3], indirect=True)
+def test_at_the_end_all_is_sent_side_by_side(tmp_path: Path, takers: Takers) -> None:
+    assert run_to_its_end(tmp_path, takers) == ""
+
+
+@pytest.mark.parametrize("takers", [99], indirect=True)
+def test_takers_that_never_answer_hold_up_the_end_together_only_so_long_and_are_named(
+    tmp_path: Path, takers: Takers
+) -> None:
+    said = run_to_its_end(tmp_path, takers)
+    assert (
+        f"the last spans for OpenTelemetry and the last metrics for OpenTelemetry and the last metrics for {takers.url} "
+        "are lost: nobody took them within 5 s"
+    ) in " ".join(said.split())
 
 
 def failing(folder: Path) -> str:

@@ -126,7 +126,10 @@ def test_batchers_of_event_loops_on_several_threads_tell_of_all_their_records(he
         def on_event(self, event: Event) -> None:
             time.sleep(0.0005)  # so that the threads are in it at the same time
 
+    failed: list[Any] = []
+
     async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
         async with batchers()[1]() as batcher:
             for _ in range(20):
                 await batcher.map([batcher.engine.prepare(fb.Prompt("one")) for _ in range(20)])
@@ -138,8 +141,49 @@ def test_batchers_of_event_loops_on_several_threads_tell_of_all_their_records(he
     for thread in threads:
         thread.join()
     unsubscribe()
+    assert failed == []
     assert sum(event.records for event in heard.of(BatchDone)) == 3 * 20 * 20
     assert sum(event.records for event in heard.of(events.RecordsSubmitted)) == 3 * 20 * 20
+
+
+async def test_what_came_back_is_told_where_the_next_batch_was_taken_back(heard: Listener) -> None:
+    async def process(batch: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        return batch
+
+    async with fb.DynamicBatcher(process, max_batch_size=2, batch_timeout_s=60) as batcher:
+        futures = await batcher.submit_batch(range(4))
+
+        def give_up(_: object) -> None:
+            for each in futures[2:]:
+                each.cancel()
+
+        futures[0].add_done_callback(give_up)
+        await asyncio.gather(*futures[:2])
+        async with asyncio.timeout(10):
+            while not heard.of(BatchDone):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert sum(event.records for event in heard.of(BatchDone)) == 2
+
+
+@BOTH
+async def test_events_of_batches_are_told_in_no_callers_context(kind: int) -> None:
+    name = contextvars.ContextVar("name", default="nobody's")
+    told_in: list[str] = []
+
+    class Where:
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, events.BatchFormed | BatchDone | events.RecordsSubmitted):
+                told_in.append(name.get())
+
+    unsubscribe = hooks.subscribe(Where())
+    async with batchers()[kind]() as batcher:
+        name.set("a caller's")
+        for _ in range(3):
+            await batcher.map([batcher.engine.prepare(fb.Prompt("one"))])
+            batcher.tell()
+    unsubscribe()
+    assert set(told_in) == {"nobody's"}
 
 
 async def test_records_that_come_out_in_one_step_are_one_event(heard: Listener) -> None:

@@ -201,7 +201,7 @@ async def test_a_finished_log_is_not_believed_where_a_later_run_took_the_manifes
     sorted(output.glob("part-*.parquet"))[0].unlink()
     result = report(output)
     assert "the output is not finished" in result.stdout
-    assert f"a later run began to overwrite {output}, and ended before it wrote a log" in caplog.text
+    assert f"a later run began on {output}, and has written no log" in caplog.text
     assert (figures(output)["outcome"], figures(output)["rows"]) == ("unfinished", 250)
 
 
