@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -35,10 +36,15 @@ METRICS_ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_
 OTLP_ENDPOINTS = (*METRICS_ENDPOINTS, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 """Those that say where metrics and spans go."""
 
+LAST_S = 5.0
+"""How long the end of a process waits for those who take its last spans and metrics, all of them together."""
+
 logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _attached = False
+_is_ending = threading.Event()
+_endings: dict[str, threading.Thread] = {}
 
 
 def named(value: str) -> list[str]:
@@ -97,9 +103,16 @@ def start_tracing() -> None:
         return
     try:
         from flyteplugins import otel
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
     except ImportError:
         return  # `attach_backends` says so
+    before = trace.get_tracer_provider()
     otel.init(service_name=os.environ.get("OTEL_SERVICE_NAME", "flyte_batch"))
+    provider = trace.get_tracer_provider()
+    if provider is not before and isinstance(provider, TracerProvider):
+        atexit.unregister(provider.shutdown)
+        _at_end("spans for OpenTelemetry", provider.shutdown)
 
 
 def attach_backends() -> None:
@@ -127,6 +140,34 @@ def attach_backends() -> None:
             # A BadInput says by itself which one it is.
             what = "one backend" if isinstance(error, BadInput) else "monitoring: " + name.partition(":")[0]
             logger.warning("%s is off: %s", what, error)
+
+
+def _at_end(what: str, send: Callable[[], object]) -> None:
+    """Call ``send`` when the process ends, on a thread: what one does not take holds up no other.
+
+    The thread waits from now on, because an interpreter that ends may start none. Hooks that are made later are closed
+    before.
+    """
+
+    def wait() -> None:
+        _is_ending.wait()
+        send()
+
+    if not _endings:
+        atexit.register(_end)
+    _endings[what] = threading.Thread(target=wait, name="flyte-batch-end", daemon=True)
+    _endings[what].start()
+
+
+def _end() -> None:
+    """Have everything sent that `_at_end` was told of, and wait `LAST_S` at most."""
+    _is_ending.set()
+    deadline = time.monotonic() + LAST_S
+    for thread in _endings.values():
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = [what for what, thread in _endings.items() if thread.is_alive()]
+    if late:
+        logger.warning("not taken within %g s, and lost, as the process ends: the last %s", LAST_S, ", ".join(late))
 
 
 def _attacher(name: str, message_chars: int) -> Callable[[], None]:
@@ -174,7 +215,7 @@ def _push(gateway: str) -> None:
     from flyte_batch.monitoring.prometheus import push
 
     _metrics()
-    atexit.register(push(gateway).close)
+    _at_end(f"metrics for {gateway}", push(gateway).close)
 
 
 def _otel(message_chars: int) -> None:
@@ -187,5 +228,7 @@ def _otel(message_chars: int) -> None:
 
     start_tracing()
     if not isinstance(metrics.get_meter_provider(), MeterProvider) and any(map(os.environ.get, METRICS_ENDPOINTS)):
-        metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())]))
+        provider = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())], shutdown_on_exit=False)
+        metrics.set_meter_provider(provider)
+        _at_end("metrics for OpenTelemetry", provider.shutdown)
     hooks.subscribe(OtelHook(message_chars=message_chars))
