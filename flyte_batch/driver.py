@@ -194,7 +194,7 @@ async def run(
     if max_failure_rate is None and rows < FEWEST_ROWS_FOR_DEFAULT_RATE:
         rate = 1.0
     fan = _FanOut(target, chunks, set(parts), run_chunk, log, scope, rate, max_failed_chunks)
-    async with ReportKeeper(log, target.location):
+    async with ReportKeeper(log, target.location) as keeper:
         with RunView(log, progress) as view:
             if parts:
                 rows_there = f"{plan.rows_reused:,} of {rows:,} rows"
@@ -211,13 +211,14 @@ async def run(
             chunks_reused=len(parts),
             output=target.path,
         )
-        why = ", see the column 'error'" if summary.failures else ""
-        done = f"{summary.rows:,} rows{by_earlier_runs(summary.rows, plan.rows_reused)}"
-        busy = f", device busy {percent(summary.utilization)}" if log.engines else ""
-        view.say(
-            f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; {summary.chunks} parts, "
-            f"{summary.chunks_reused} of them kept: {summary.output}; how it went: {PAGE_FILE} there"
-        )
+    why = ", see the column 'error'" if summary.failures else ""
+    done = f"{summary.rows:,} rows{by_earlier_runs(summary.rows, plan.rows_reused)}"
+    busy = f", device busy {percent(summary.utilization)}" if log.engines else ""
+    page = f"; how it went: {PAGE_FILE} there" if keeper.has_page else ""
+    view.say(
+        f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; {summary.chunks} parts, "
+        f"{summary.chunks_reused} of them kept: {summary.output}{page}"
+    )
     return summary
 
 

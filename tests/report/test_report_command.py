@@ -57,7 +57,11 @@ async def run(folder: Path, **options: Any) -> Path:
     try:
         settings = {"prompt": "{question}"}
         await fb.run(
-            source(folder), str(output), answer, settings=settings, progress="off", **{"chunk_size": 50, **options}
+            source(folder),
+            str(output),
+            answer,
+            settings=settings,
+            **{"chunk_size": 50, "progress": "off", **options},
         )
     finally:
         await close_all()
@@ -104,6 +108,18 @@ async def test_the_sums_of_a_run_are_the_same_in_report_manifest_and_rows(tmp_pa
     assert [sum(int(row[column]) for row in chunks) for column in (1, 2)] == [ROWS, 3]
     samples = [each.text for each in root.all("article")[0].all("dd")]
     assert samples == ["question 0", "0", "QUESTION 0"]
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+async def test_the_last_line_of_a_run_names_its_page_only_where_that_was_written(
+    tmp_path: Path, is_written: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not is_written:
+        (tmp_path / "out" / PAGE_FILE).mkdir(parents=True)
+    output = await run(tmp_path, progress="plain")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"6 parts, 0 of them kept: {output}" in last
+    assert last.endswith(f"; how it went: {PAGE_FILE} there" if is_written else str(output))
 
 
 async def test_the_page_made_again_is_the_page_that_the_run_left(tmp_path: Path) -> None:
