@@ -26,7 +26,6 @@ from flyte_batch.batching.checks import finite_number
 from flyte_batch.batching.costs import CostModel, checked_cost, checked_costs
 from flyte_batch.batching.lanes import PENDING, CallersLane, MapLane, ResultFuture, SubmitLane, fail, new_future
 from flyte_batch.batching.packing import Backlog, Batch
-from flyte_batch.batching.processing import is_lost
 from flyte_batch.batching.stats import BatchStats, Meter
 from flyte_batch.batching.telling import Teller
 from flyte_batch.errors import BadInput, BatcherDied, BatcherError, BatcherNotRunning, DeadlineExceeded, QueueFull
@@ -283,7 +282,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
             died = type(cause).__name__, str(cause), sum(map(len, pending))
             hooks.emit(events.EngineDied(time.time(), self.id, self.engine_name, *died))
         for batch in pending:
-            self._settle(batch, [self._death() for _ in range(len(batch))])
+            self._settle(batch, [self._death() for _ in range(len(batch))], lost=True)
         for arrival in self._arrivals:
             if not arrival.admitted.done():
                 fail(arrival.admitted, self._death())
@@ -720,8 +719,15 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
 
     # -- Outcomes ----------------------------------------------------------
 
-    def _settle(self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException]) -> int:
+    def _settle(
+        self, batch: Batch[RecordT, ResultT], outcomes: Sequence[ResultT | BaseException], *, lost: bool = False
+    ) -> int:
         """Resolve a batch's records; an exception in a record's place fails that record only.
+
+        Args:
+            batch: whose records.
+            outcomes: one a record.
+            lost: whether they are the errors of records that the engine's death took.
 
         Returns:
             How many failed.
@@ -729,7 +735,7 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         failures = 0
         if any(issubclass(kind, BaseException) for kind in set(map(type, outcomes))):
             failures = sum(isinstance(outcome, BaseException) for outcome in outcomes)
-            self._meter.lost += sum(map(is_lost, outcomes))
+        self._meter.lost += failures if lost else 0
         self._meter.failed += failures  # first: another thread may read meanwhile, and takes the rest for answered
         self._meter.completed += len(batch)
         batch.deliver(outcomes, failures)

@@ -242,9 +242,10 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         failure = as_failure(error)
         logger.error("%s failed on a batch of %d records: %s: %s", name, len(batch), type(error).__name__, error)
         failures = [failure, *(copy_of(failure) for _ in range(len(batch) - 1))]
-        self._settle(batch, failures)
-        self._tell(batch, started_at, failures, len(batch), out_of_memory)
-        if isinstance(error, EngineDead):
+        has_died = isinstance(error, EngineDead)
+        self._settle(batch, failures, lost=has_died)
+        self._tell(batch, started_at, failures, len(batch), out_of_memory, has_died)
+        if has_died:
             raise error
 
     def _tell(
@@ -254,6 +255,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         outcomes: Sequence[ResultT | BaseException] | None,
         failures: int = 0,
         out_of_memory: bool = False,
+        lost: bool = False,
     ) -> None:
         """See to it that a batch that came back is told of; without outcomes, one that is split and tried again."""
         if hooks.is_anybody_listening():
@@ -265,6 +267,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 started_at=started_at,
                 fill=self._fill(batch),
                 out_of_memory=out_of_memory,
+                lost=lost,
             )
 
     def _fill(self, batch: Batch[RecordT, ResultT]) -> float:

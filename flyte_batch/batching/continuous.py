@@ -240,6 +240,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         return None
 
     def _launch(self, flight: _Flight[RecordT]) -> None:
+        assert self._loop is not None  # noqa: S101  for the type checker: it was started
         lane = flight.lane
         flight.cost = self._expected_cost(flight.record, flight.batch.costs[0])
         flight.generation = self._generation
@@ -256,7 +257,8 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if self._meter.phase != "busy":
             self._meter.enter("busy")
         # In its caller's context, so that what the engine logs and traces is the caller's.
-        flight.task = asyncio.get_running_loop().create_task(self._generate(flight.record), context=lane.context.copy())
+        # On the batcher's loop: room may be made while it does not run, by a caller who gives up.
+        flight.task = self._loop.create_task(self._generate(flight.record), context=lane.context.copy())
         # What follows is everybody's: out of memory, or dead, is not the news of the caller whose record found out.
         flight.task.add_done_callback(lambda task: self._landed(flight, task), context=self._context)
 
@@ -281,8 +283,8 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         self._meter.loop_blocked_s = self._watch.blocked_s
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:
-                self._settle(flight.batch, [error])
-                self._tell(flight, error, fill)
+                self._settle(flight.batch, [error], lost=True)
+                self._tell(flight, error, fill, lost=True)
             self._end(error)
             return
         if error is None and not self._turned_away:
@@ -307,10 +309,16 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if isinstance(outcome, Completion) and isinstance(outcome.response_tokens, int):
             self._lengths.observe(self._prompt_tokens(flight.record), outcome.response_tokens)
 
-    def _tell(self, flight: _Flight[RecordT], error: BaseException | None, fill: float) -> None:
+    def _tell(self, flight: _Flight[RecordT], error: BaseException | None, fill: float, *, lost: bool = False) -> None:
         if hooks.is_anybody_listening():
             self._teller.landed(
-                flight.batch, error, now=self._now(), started_at=flight.started_at, cost=flight.cost, fill=fill
+                flight.batch,
+                error,
+                now=self._now(),
+                started_at=flight.started_at,
+                cost=flight.cost,
+                fill=fill,
+                lost=lost,
             )
 
     def _make_do_with_less(self, flight: _Flight[RecordT]) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence, S
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from flyte_batch.errors import BatcherDied, BatcherError, EngineDead, EngineOutOfMemory
+from flyte_batch.errors import BatcherError, EngineOutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,6 @@ def checked_results(results: Any, expected: int) -> list[Any]:
     if len(results) != expected:
         raise ValueError(f"process_fn returned {len(results)} results for batch of {expected} records")
     return results if type(results) is list else list(results)
-
-
-def is_lost(outcome: object) -> bool:
-    """Whether a record has no outcome of its own because the engine died: whoever owns the engine can ask again."""
-    return isinstance(outcome, EngineDead | BatcherDied)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

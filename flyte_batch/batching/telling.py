@@ -14,7 +14,6 @@ from typing import Any
 
 from flyte_batch.batching.lanes import CallersLane
 from flyte_batch.batching.packing import Batch
-from flyte_batch.batching.processing import is_lost
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope, Share
 
@@ -50,7 +49,7 @@ class _CameBack:
         records: how many.
         cost: as the batcher's budget sees it.
         out_of_memory: whether it did not fit.
-        batches: what got its outcome, and with which errors: None where nothing failed.
+        batches: what got its outcome, with which errors (None where nothing failed), and whether these are lost.
     """
 
     __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "since", "started_at")
@@ -63,12 +62,12 @@ class _CameBack:
         self.records = 0
         self.cost = 0.0
         self.out_of_memory = out_of_memory
-        self.batches: list[tuple[Batch[Any, Any], Sequence[object] | None]] = []
+        self.batches: list[tuple[Batch[Any, Any], Sequence[object] | None, bool]] = []
 
     def shares(self) -> tuple[Share, ...]:
         """Whose records they were."""
         tallies: dict[Scope, _Tally] = {}
-        for batch, outcomes in self.batches:
+        for batch, outcomes, lost in self.batches:
             start = 0
             costs, arrivals = batch.costs, batch.arrivals
             for lane, tickets in batch.parts:
@@ -85,9 +84,9 @@ class _CameBack:
                     arrival = arrivals[index]
                     counts[arrival] = counts.get(arrival, 0) + 1
                 if outcomes is not None:
-                    own = outcomes[start:end]
-                    tally.failed += sum(isinstance(outcome, BaseException) for outcome in own)
-                    tally.lost += sum(map(is_lost, own))
+                    failed = sum(isinstance(outcome, BaseException) for outcome in outcomes[start:end])
+                    tally.failed += failed
+                    tally.lost += failed if lost else 0
                 start = end
         return tuple([tally.share(scope, self.now) for scope, tally in tallies.items()])
 
@@ -153,6 +152,7 @@ class Teller:
         started_at: float,
         fill: float,
         out_of_memory: bool,
+        lost: bool,
     ) -> None:
         """A batch came back. Told by the next `tell`, or a moment after `tell_soon`.
 
@@ -164,11 +164,12 @@ class Teller:
             started_at: Unix time when the device got it.
             fill: share of the budget or of the most records.
             out_of_memory: whether it did not fit.
+            lost: whether the engine died on it.
         """
         back = _CameBack(now, started_at, fill, out_of_memory)
         back.records, back.cost = len(batch), batch.cost
         if outcomes is not None:
-            back.batches.append((batch, outcomes if failures else None))
+            back.batches.append((batch, outcomes if failures else None, lost))
         self._untold.append(back)
 
     def landed(
@@ -180,6 +181,7 @@ class Teller:
         started_at: float,
         cost: float,
         fill: float,
+        lost: bool,
     ) -> None:
         """A record came back by itself; told with those that come at the same time. See `came_back`."""
         back = self._together
@@ -193,7 +195,7 @@ class Teller:
             back.started_at = min(started_at, back.started_at)
         back.records += 1
         back.cost += cost
-        back.batches.append((batch, None if error is None else (error,)))
+        back.batches.append((batch, None if error is None else (error,), lost))
 
     def tell_soon(self) -> None:
         """Tell of all that came back, a moment from now."""
@@ -228,8 +230,8 @@ class Teller:
             hooks.emit(events.RecordsSubmitted(self._submitted_at, self._batcher, scope, *counts))
 
     def _tell_of(self, back: _CameBack) -> None:
-        for batch, outcomes in back.batches:
-            if outcomes is not None:
+        for batch, outcomes, lost in back.batches:
+            if outcomes is not None and not lost:
                 self._tell_failures(batch, outcomes, back.at)
         shares = back.shares()
         failed = sum([share.failed for share in shares]) if shares else back.records
@@ -240,6 +242,6 @@ class Teller:
     def _tell_failures(self, batch: Batch[Any, Any], outcomes: Sequence[object], at: float) -> None:
         scopes = (lane.scope for lane, tickets in batch.parts for _ in tickets if isinstance(lane, CallersLane))
         for scope, outcome in zip(scopes, outcomes, strict=True):
-            if isinstance(outcome, BaseException) and not is_lost(outcome):
+            if isinstance(outcome, BaseException):
                 failed = type(outcome).__name__, str(outcome)
                 hooks.emit(events.RecordFailed(at, scope, "infer", *failed, self._batcher))

@@ -67,7 +67,7 @@ CHUNK_SECONDS = _histogram(
 RECORDS_SUBMITTED = _counter("records_submitted", "Records that batchers accepted.", "engine")
 RECORDS = _counter(
     "records",
-    "Records that left batchers; outcome is ok, failed, lost: the engine died, and a chunk asks its next one again, or "
+    "Records that left batchers; outcome is ok, failed, lost: the engine died (a chunk asks its next one again), or "
     "abandoned: taken back, because the caller gave up.",
     "engine",
     "outcome",

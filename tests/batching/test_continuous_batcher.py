@@ -523,6 +523,31 @@ async def test_after_a_death_nothing_runs_in_the_engine_and_whoever_was_turned_a
     await batcher.aclose()
 
 
+def test_a_caller_may_give_up_while_the_loop_does_not_run_and_the_next_one_is_admitted():
+    steps = Steps()
+
+    async def full(batcher: fb.ContinuousBatcher[FakeRecord]) -> list[asyncio.Future[fb.Completion]]:
+        await batcher.start()
+        futures = [await batcher.submit(record) for record in records(batcher.engine, "1", words(15), "2")]
+        await until(lambda: batcher.stats.running == 1)
+        return futures
+
+    async def rest(batcher: fb.ContinuousBatcher[FakeRecord], last: asyncio.Future[fb.Completion]) -> int:
+        steps.run()
+        async with asyncio.timeout(10):
+            answer = await last
+            await batcher.stop()
+        return answer.response_tokens
+
+    with asyncio.Runner() as runner:
+        device = fb.FakeContinuousEngine(lambda text: "w w" if text == "2" else "w", slots=4, sleep=steps)
+        batcher = fb.ContinuousBatcher(device, target_tokens_in_flight=10, expected_response_tokens=1)
+        first, second, third = runner.run(full(batcher))
+        assert second.cancel()
+        assert runner.run(rest(batcher, third)) == 2
+        assert first.done()
+
+
 def test_a_loop_closed_under_records_in_flight_is_noticed():
     device = fb.FakeContinuousEngine(endless=["a"])
     batcher = fb.ContinuousBatcher(device)

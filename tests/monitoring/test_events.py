@@ -325,6 +325,22 @@ async def test_an_engines_start_and_death_are_told_with_what_was_lost(kind: int,
     await batcher.stop()
 
 
+async def test_another_batchers_death_loses_nothing_of_this_one_but_fails_its_records(heard: Listener) -> None:
+    async def dead(_: list[int]) -> list[int]:
+        raise fb.EngineDead("gone")
+
+    inner = fb.DynamicBatcher(dead)
+    await inner.start()
+    await inner.map([0], return_exceptions=True)
+    assert inner.stats.total_lost == 1
+    async with fb.DynamicBatcher(inner.map, batch_timeout_s=0) as outer:
+        (error,) = await outer.map([1], return_exceptions=True)
+        assert isinstance(error, fb.BatcherDied)
+        assert (outer.stats.total_failed, outer.stats.total_lost) == (1, 0)
+    (failed,) = heard.of(events.RecordFailed)
+    assert (failed.batcher, failed.error) == (outer.id, "BatcherDied")
+
+
 # -- Hooks ------------------------------------------------------------------
 
 
