@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import sys
+from typing import Any
 
 import pytest
 
@@ -334,3 +336,11 @@ def test_a_frame_is_written_at_once_with_what_is_printed_above_it() -> None:
     assert len(frames) >= 2  # what was said, and the end
     assert all("rows " in text and "failures" in text for text in frames)
     assert sum("said meanwhile" in text for text in frames) == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "plain", "live"])
+def test_a_process_without_a_standard_output_shows_nothing(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with RunView(a_log(), mode) as view:
+        view.say("somebody reads this")
+        view.refresh()

@@ -9,7 +9,6 @@ requests of that second, and each says so: no coordinated omission (Gil Tene, "H
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -315,7 +314,7 @@ class _Tally:
 
     def upper_ms(self, share: float) -> float | None:
         """What so many took at most, by buckets: milliseconds. Costs what came since it was last asked for."""
-        for latency_s in itertools.islice(self.latencies_s, self._buckets.total(), None):
+        for latency_s in self.latencies_s[self._buckets.total() :]:
             self._buckets[bound(latency_s, LATENCY_BOUNDS)] += 1
         upper_s = histograms.percentile(self._buckets, share)
         return None if upper_s is None else 1000 * upper_s

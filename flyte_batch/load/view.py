@@ -43,8 +43,8 @@ class LoadView:
 
     def hear(self, underway: Underway) -> None:
         """Show it: the ``on_progress`` of a load."""
-        begins = self._known is None or underway.elapsed_s < self._known.elapsed_s
-        self._known = underway
+        known, self._known = self._known, underway
+        begins = known is None or underway.rate_per_s != known.rate_per_s or underway.elapsed_s < known.elapsed_s
         if not self._display.is_plain:
             return
         if begins:

@@ -92,8 +92,12 @@ class Display:
             from flyte_batch.progress.live import LiveView
 
             self._live = LiveView(cast(TextIO, Forgiving(out)), self._frame, leaves_last=self._leaves_last_frame)
-            self._live.start()
             atexit.register(self.stop)  # the work may be on a thread that the interpreter's end does not wait for
+            try:
+                self._live.start()
+            except BaseException:  # Ctrl-C while the first frame is drawn
+                self.stop()
+                raise
 
     def stop(self) -> None:
         """End the live view, and give the terminal back; doing it twice is fine."""

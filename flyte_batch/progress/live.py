@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from threading import Lock, Thread, current_thread
+from threading import RLock, Thread, current_thread
 from typing import IO, TextIO, TypeVar, cast
 from weakref import WeakSet
 
@@ -69,9 +69,11 @@ class LiveView:
 
     def stop(self) -> None:
         """Draw a last frame, give the terminal back."""
-        self._above.give_back()
-        self._drawer.do(self._live.stop)
-        self._drawer.end()
+        try:
+            self._above.give_back()
+            self._drawer.do(self._live.stop)
+        finally:
+            self._drawer.end()
         if self._error is not None:
             logger.warning("the view of the progress failed: it may have shown old figures", exc_info=self._error)
 
@@ -104,7 +106,7 @@ class _Drawer(Thread):
         super().__init__(name="flyte-batch-view", daemon=True)
         self._refresh = refresh
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._giving = Lock()
+        self._giving = RLock()  # a signal's handler, or the garbage collector, may write inside
         self._has_ended = False
 
     def run(self) -> None:

@@ -17,10 +17,14 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 class Forgiving(io.TextIOBase):
-    """A stream that fails for no reason: a closed terminal, or one that lacks a letter, must not cost a run."""
+    """A stream that fails for no reason: a closed terminal, or one that lacks a letter, must not cost a run.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Args:
+        stream: what it writes to; None, which ``sys.stdout`` is in a process without one, takes all and shows nothing.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.StringIO()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]

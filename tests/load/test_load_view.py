@@ -33,15 +33,17 @@ def test_lines_say_what_begins_and_every_five_seconds_how_it_goes() -> None:
             warming = {"p50_ms": None, "p99_ms": None} if elapsed_s < 5 else {}
             view.hear(after(elapsed_s, **warming))
         view.hear(after(0, rate_per_s=16.0))
-        view.hear(after(4.99))
-        view.hear(after(5))
+        view.hear(after(4.99, rate_per_s=16.0))
+        view.hear(after(5, rate_per_s=16.0))
+        view.hear(after(5.1, rate_per_s=12.0))  # the one before was heard of for the last time when it began, say
     how = "40 requests, 3 under way, 2 failed; p50 up to 14.1 ms, p99 up to 1.26 s so far"
     assert out.getvalue().splitlines() == [
         "8 requests/s for 25 s ...",
         f"8 requests/s, 15 s left; {how}",
         f"8 requests/s, waiting for the last answers; {how}",
         "16 requests/s for 25 s ...",
-        f"8 requests/s, 20 s left; {how}",
+        f"16 requests/s, 20 s left; {how}",
+        "12 requests/s for 25 s ...",
     ]
 
 

@@ -368,8 +368,8 @@ def test_a_forked_process_writes_to_the_terminal_itself(start: Start, tmp_path: 
     run.do(
         "from pathlib import Path",
         "kinds = lambda: ' '.join(type(each).__name__ for each in (sys.stdout, sys.stderr, early.stream))",
-        "child = os.fork()",
-        f"child or (Path({str(told)!r}).write_text(kinds()), os._exit(0))",
+        # In one line: both read from one pipe.
+        f"child = os.fork() or (Path({str(told)!r}).write_text(kinds()), os._exit(0))",
         "os.waitpid(child, 0)",
         "print(kinds())",
     )
@@ -425,6 +425,17 @@ def test_ctrl_c_in_the_moment_of_drawing_breaks_nothing_off(tmp_path: Path, mome
     assert lines[1].endswith("0/1,000 rows (0%)")
     assert lines[3] == "time      0:00:10, stopped"
     assert lines[5].startswith("Traceback")
+    assert lines[-1] == "KeyboardInterrupt"
+    assert not terminal.screen.cursor.hidden
+
+
+def test_ctrl_c_in_the_first_frame_gives_the_terminal_back(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    terminal = Terminal([sys.executable, str(tmp_path / "program.py"), "0/1,000 rows"])
+    assert terminal.end() != 0
+    lines = [line for line in terminal.text.splitlines() if line]
+    assert lines[0].endswith("0/1,000 rows (0%)")
+    assert "a line above" not in terminal.text
     assert lines[-1] == "KeyboardInterrupt"
     assert not terminal.screen.cursor.hidden
 
