@@ -80,6 +80,7 @@ class Guard:
         self._reaper = Reaper()
         self._telling = threading.Lock()
         self._noted_at = -math.inf
+        self._has_warned = False
         self._ending = False
         self.thread = threading.Thread(target=self._look, name="flyte-batch-guard", daemon=True)
         self.thread.start()
@@ -92,7 +93,9 @@ class Guard:
             try:
                 self._reaper.tell(below(os.getpid()))
             except OSError:  # no room for one more process: what is there goes on
-                logger.warning("what this replica started may outlive it", exc_info=True)
+                if not self._has_warned:
+                    logger.warning("what this replica started may outlive it", exc_info=True)
+                self._has_warned = True
 
     def end_replica_soon(self, why: str, grace_s: float = 2.0) -> None:
         """End this process if it is a replica, once its calls had time to say how they failed.

@@ -50,7 +50,10 @@ def other_logs(folder: Location, data: bytes, own: RunLog) -> list[RunLog]:
         return []
     others = [log for log in logs if _identity(log) != _identity(own)][-(MOST_RUNS - 1) :]
     whole = _busy(others)
-    return [_over(log if log is whole else _sums(log)) for log in others]
+    kept = [log if log is whole else _sums(log) for log in others]
+    # What was not written since then is killed; another driver's log is written every some seconds.
+    since = max(own.started, own.ended - SILENT_S)
+    return [_over(log) if log.ended < since else log for log in kept]
 
 
 def _identity(log: RunLog) -> tuple[float, str, str]:
@@ -120,7 +123,7 @@ def logs_of(folder: Location) -> list[RunLog]:
         return [*map(_over, earlier), _with_parts(last, folder)]
     if _is_finished(folder):
         return [*map(_over, earlier), last]
-    logger.warning("a later run began to overwrite %s, and ended before it wrote a log; parts may be of both", folder)
+    logger.warning("a later run began on %s, and has written no log; the report is made from the parts", folder)
     return [*map(_over, earlier), last, log_of_parts(folder)]
 
 

@@ -145,7 +145,7 @@ async def test_of_two_drivers_on_one_output_at_once_both_runs_are_kept(tmp_path:
         await shown.wait()
         async with ReportKeeper(second, storage.locate(tmp_path), shown_too, every_s=3600, first_s=0.01):
             await shown_too.wait()
-            assert [log.outcome for log in kept(tmp_path)] == ["done", "unfinished", "running"]
+            assert [log.outcome for log in kept(tmp_path)] == ["done", "running", "running"]
             finish(second)
         finish(first)
     logs = kept(tmp_path)
@@ -155,6 +155,14 @@ async def test_of_two_drivers_on_one_output_at_once_both_runs_are_kept(tmp_path:
         (first.started, "done"),
     ]
     assert logs[1:] == [second, first]
+
+
+@pytest.mark.parametrize(("ended", "outcome"), [(-1.0, "unfinished"), (150.0, "running"), (20.0, "unfinished")])
+def test_a_run_of_another_driver_goes_on_while_its_log_is_written(tmp_path: Path, ended: float, outcome: str) -> None:
+    own = make_log(outcome="running", started=STARTED + 1, ended=STARTED + 160)
+    other = make_log(outcome="running", started=STARTED - 50, ended=STARTED + ended)
+    (known,) = other_logs(storage.locate(tmp_path), logs_to_json([other]), own)
+    assert known.outcome == outcome
 
 
 async def test_a_log_that_nobody_else_wrote_is_read_and_not_made_out_again(
