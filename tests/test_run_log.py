@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES
+import flyte_batch as fb
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, EngineDead
 from flyte_batch.histograms import LATENCY_BOUNDS, TOKEN_BOUNDS, added, bound, count_tokens, percentile
 from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Example, Sample, Stall
+from flyte_batch.report.answer import Figure, figures, sentence
+from flyte_batch.report.page import make_report
 from flyte_batch.report.run_log import (
     FEWEST_SAMPLES,
     MOST_SAMPLES,
@@ -22,6 +26,10 @@ from flyte_batch.report.run_log import (
     logs_from_json,
     logs_to_json,
 )
+from flyte_batch.report.sections.earlier import earlier_runs
+from flyte_batch.report.sections.over_time import replicas_table
+from flyte_batch.report.sections.shares import shares_table
+from tests.helpers import questions
 from tests.report.logs import gpu_use
 
 PLAN = Plan(100, 10, 10, 0, 0, replicas=2, concurrency=4, batch_rows=256, rows_per_s=100.0, price_per_hour=3.6)
@@ -67,6 +75,79 @@ def test_a_loop_that_stood_still_while_the_device_was_free_is_what_held_it_up() 
         "a", 0, 0, 10, sample(0), sample(4, busy=4), sample(10, busy=5, starved=5), stalls=(Stall(8, 3, "f"),)
     )
     assert log_of(chunk).time_shares() == TimeShares(busy=5, starved=2, blocked=3)
+
+
+STOOD = (Stall(8, 3, "parse (mine.py)"), Stall(9.5, 1, "make.<locals>.FakeEngine.infer (mine.py)"))
+
+
+def test_busy_seconds_of_an_engine_that_answers_on_the_loop_are_in_doubt_while_it_stood_still() -> None:
+    both = sample(0), sample(10, busy=9, starved=1)
+    shares = log_of(details("a", 0, 0, 10, *both, stalls=STOOD)).time_shares()
+    assert shares == TimeShares(busy=9, blocked=1, stood=3, doubtful=2)  # one second was the engine's own
+    assert shares.total == 10
+    assert shares.is_upper_bound
+    measured = log_of(details("a", 0, 0, 10, *both, stalls=STOOD, on_thread=True)).time_shares()
+    assert measured == TimeShares(busy=9, blocked=1)
+    assert not measured.is_upper_bound
+    little = log_of(details("a", 0, 0, 10, sample(0), sample(10, busy=10), stalls=(Stall(8, 0.125, "f"),)))
+    assert little.time_shares() == TimeShares(busy=10, stood=0.125, doubtful=0.125)
+    assert not little.time_shares().is_upper_bound
+
+
+def test_a_utilisation_in_doubt_is_one_at_most_wherever_it_is_told() -> None:
+    chunk = details("a", 0, 0, 10, sample(0), sample(10, busy=9, starved=1), stalls=STOOD).later(1000)
+    log = log_of(chunk, started=1000, ended=1010)
+    log.outcome, shares = "done", log.time_shares()
+    note = "9 s busy of 10 s, 2 s of these in doubt: the event loop stood still"
+    assert Figure("Utilisation", "at most 90%", note) in figures(log, shares)
+    assert "busy at most 90% of the time" in sentence(log, shares)
+    table = shares_table(shares)
+    assert table is not None
+    assert "of the 9 s busy, 2 s lie in stalls of the event loop" in table.rows[0][3]
+    process_shares = {"p": shares}
+    for rows in (replicas_table({"p": list(log.engines.values())}, process_shares), earlier_runs([log, log])):
+        assert rows is not None
+        assert "at most 90%" in rows.rows[0]
+    page = make_report([log], [])
+    assert page.replicas[0].note == "10 rows, busy at most 90% of 10 s, 1 engine"
+    assert [charts[0].note for charts in (page.overview, page.replicas[0].charts)] == ["mean at most 90%"] * 2
+
+
+class ThreadEngine(fb.FakeEngine):
+    """Its call is a plain function."""
+
+    def infer(self, batch: Any) -> Any:
+        return [fb.Completion("four", "stop", 1, 1) for _ in batch]
+
+
+class DeadThreadEngine(fb.FakeEngine):
+    def infer(self, batch: Any) -> Any:
+        raise EngineDead("it is gone")
+
+
+async def test_a_chunks_details_say_whether_its_engines_were_measured_on_a_thread(tmp_path: Path) -> None:
+    engines: list[fb.FakeEngine] = [ThreadEngine(), DeadThreadEngine(), fb.FakeEngine()]
+
+    @fb.singleton
+    async def solver() -> fb.EngineBatcher[Any, Any]:
+        return fb.EngineBatcher(engines.pop(0), batch_timeout_s=0.001)
+
+    async def infer(chunk: fb.Chunk) -> fb.ChunkReport:
+        return await fb.infer(chunk, solver, prompt="{question}")
+
+    def known(log: RunLog) -> list[tuple[str, bool]]:
+        return [(engine.engine, engine.on_thread) for engine in log.engines.values()]
+
+    options: Any = {"progress": "off", "code_version": "1"}
+    source = questions(tmp_path / "in.jsonl", 10)
+    await fb.run(source, str(tmp_path / "a"), infer, **options)
+    (log,) = logs_from_json((tmp_path / "a" / "_report.json").read_bytes())
+    assert known(log) == [("ThreadEngine", True)]
+    await solver.aclose()
+    await fb.run(source, str(tmp_path / "b"), infer, **options)
+    (log,) = logs_from_json((tmp_path / "b" / "_report.json").read_bytes())
+    assert known(log) == [("DeadThreadEngine", True), ("FakeEngine", False)]
+    await solver.aclose()
 
 
 def test_an_engine_that_was_built_anew_has_no_tail_while_its_successor_works() -> None:

@@ -101,6 +101,7 @@ class EngineLife:
         samples: of its batcher, from ``loaded`` to ``ended``.
         rows: of the chunk that it answered.
         tokens: of prompts and responses of these.
+        on_thread: see `ChunkDetails`.
     """
 
     batcher: str
@@ -111,6 +112,7 @@ class EngineLife:
     samples: tuple[Sample, ...]
     rows: int = 0
     tokens: int = 0
+    on_thread: bool = False
 
     def later(self, seconds: float) -> EngineLife:
         """The same, so much later."""
@@ -144,6 +146,8 @@ class ChunkDetails:
         died: ids of batchers of this process that died meanwhile.
         gpus: what they did while the worker was at it.
         earlier: the engines that died before, in their order.
+        on_thread: whether the engine's call is a plain function, whose end is measured on its thread. Of any other
+            nobody knows, while the event loop stands still, whether it is still at work.
     """
 
     process: str
@@ -162,6 +166,7 @@ class ChunkDetails:
     died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
     earlier: tuple[EngineLife, ...] = ()
+    on_thread: bool = False
 
     @property
     def began(self) -> float:
@@ -170,7 +175,17 @@ class ChunkDetails:
 
     def last_life(self, rows: int, tokens: int) -> EngineLife:
         """Of the engine that finished the chunk, and answered so many of its rows."""
-        return EngineLife(self.batcher, self.engine, self.started, self.loaded, self.ended, self.samples, rows, tokens)
+        return EngineLife(
+            self.batcher,
+            self.engine,
+            self.started,
+            self.loaded,
+            self.ended,
+            self.samples,
+            rows,
+            tokens,
+            self.on_thread,
+        )
 
     def clock_lag(self, given: float, heard: float) -> float:
         """Seconds by which the replica's clock was behind the driver's, at least; negative if it was ahead.

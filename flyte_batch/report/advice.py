@@ -112,6 +112,8 @@ _REMEDIES = {
 _SAME = "run the same command again with --retry_failures (in Python: retry_failures=True)"
 _ANEW = "run into another output, or with --overwrite (in Python: overwrite=True)"
 """Where parameters or code change: a run refuses to mix their answers with those that are there."""
+_OF_CODE = {"BadResponse", "EngineOutOfMemory", "DeadlineExceeded"}
+"""Causes whose remedy is a number in the code or a parameter."""
 
 
 def _failures(log: RunLog) -> Advice | None:
@@ -122,7 +124,7 @@ def _failures(log: RunLog) -> Advice | None:
         where = "the example rows below" if log.examples else "the column 'error' of these rows"
         action = f"Look at {where}. If you mend rows, {_SAME}; if you mend the code that they fail in, {_ANEW}."
     else:
-        action = f"{_REMEDIES[cause]}; then {_ANEW if cause == 'BadResponse' else _SAME}."
+        action = f"{_REMEDIES[cause]}; then {_ANEW if cause in _OF_CODE else _SAME}."
     return Advice(
         f"{percent(log.failures / log.rows)} of the rows failed",
         f"{count(rows)} of {plural(log.failures, 'failure')} are of the class {cause}.",
@@ -225,11 +227,11 @@ def _assembling(log: RunLog, shares: TimeShares) -> Advice | None:
 
 
 def _blocked(log: RunLog, shares: TimeShares) -> Advice | None:
-    share = shares.blocked / shares.total
+    share = (shares.blocked + shares.stood) / shares.total
     if share <= BLOCKED:
         return None
     title = f"Blocked event loops {percent(share)} of the time"
-    evidence = f"Devices were free for {seconds(shares.blocked)} before the event loop took notice"
+    evidence, saves = _while_blocked(shares), shares.blocked + shares.doubtful
     held: defaultdict[str, float] = defaultdict(float)
     for _, stall in log.stalls:
         held[stall.code] += stall.seconds
@@ -239,14 +241,35 @@ def _blocked(log: RunLog, shares: TimeShares) -> Advice | None:
             f"{evidence}; it never stood still for more than a second.",
             "Much small work on the event loop: move what your code does there to threads (asyncio.to_thread), or give "
             "the replica more CPUs.",
-            shares.blocked,
+            saves,
         )
     code, longest = max(held.items(), key=lambda item: item[1])
     return Advice(
         title,
         f"{evidence}. It stood still {plural(len(log.stalls), 'time')}, {seconds(longest)} of it in {code}.",
         f"Call what blocks in {code} on a thread: await asyncio.to_thread(...).",
-        shares.blocked,
+        saves,
+    )
+
+
+def _while_blocked(shares: TimeShares) -> str:
+    """What devices did while event loops were held up."""
+    own = shares.stood - shares.doubtful
+    found = [
+        (shares.blocked, f"devices were free for {seconds(shares.blocked)} before the event loop took notice"),
+        (shares.doubtful, doubts(shares)),
+        (own, f"for {seconds(own)} the engine itself computed on the event loop, and all else waited"),
+    ]
+    worth_a_word = BLOCKED / 4 * shares.total  # together they are more than BLOCKED, so that one of the three is
+    text = "; ".join(each for value, each in found if value > worth_a_word)
+    return text[0].upper() + text[1:]
+
+
+def doubts(shares: TimeShares) -> str:
+    """How much of the busy time may be none."""
+    return (
+        f"of the {seconds(shares.busy)} busy, {seconds(shares.doubtful)} lie in stalls of the event loop: an engine "
+        "that answers on the loop may have stood still, too"
     )
 
 

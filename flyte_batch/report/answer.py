@@ -84,8 +84,13 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
         failed = f"; {count(log.failures)} of all {plural(log.rows, 'row')} failed" if log.failures else failed
     return (
         f"{count(answered)} of {plural(of_rows, 'row')} answered in {seconds(log.seconds)} by {replicas}, "
-        f"busy {percent(shares.utilization)} of the time{there_already}{failed}."
+        f"busy {utilization(shares)} of the time{there_already}{failed}."
     )
+
+
+def utilization(shares: TimeShares) -> str:
+    """As a percentage, or one at most where event loops stood still for long while engines seemed to be at work."""
+    return ("at most " if shares.is_upper_bound else "") + percent(shares.utilization)
 
 
 def _were(rows: int) -> str:
@@ -103,11 +108,11 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
     ]
     if knows_times(log):
         note = f"{seconds(shares.busy)} busy of {seconds(shares.total)}"
+        if shares.is_upper_bound:
+            note += f", {seconds(shares.doubtful)} of these in doubt: the event loop stood still"
         found += [
             Figure("Time", seconds(log.seconds), plural(replicas_seen(log), "replica") if log.engines else ""),
-            Figure(
-                "Utilisation", percent(shares.utilization) if shares.total else "none", note if shares.total else ""
-            ),
+            Figure("Utilisation", utilization(shares) if shares.total else "none", note if shares.total else ""),
         ]
     if knows_times(log) and log.seconds > 0 and log.rows_done:
         tokens = tokens_done(log)

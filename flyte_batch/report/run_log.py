@@ -35,6 +35,8 @@ FEWEST_SAMPLES = 20
 MOST_EXAMPLES = 5
 """Failed rows of each cause in the log's ``causes``, whose messages say different things."""
 MOST_STALLS = 200
+DOUBTFUL = 0.02
+"""Share of the engines' time; with more in doubt a utilisation is one at most."""
 MOST_OF_ANYTHING = 1e15
 """A number in a file that is larger is none of ours: no run has so many tokens, joules, bytes or seconds."""
 
@@ -105,6 +107,7 @@ class EngineLog:
         samples: in the order of time.
         rows: answered.
         tokens: of prompts and responses.
+        on_thread: whether its calls are measured on a thread: see `ChunkDetails`.
     """
 
     batcher: str
@@ -116,6 +119,7 @@ class EngineLog:
     samples: list[Sample] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
+    on_thread: bool = False
 
     def add(self, life: EngineLife, most_samples: int = MOST_SAMPLES) -> None:
         """Take in what it did for a chunk."""
@@ -144,6 +148,9 @@ class TimeShares:
         blocked: the device was free, and the event loop was held up: it had not heard yet that a batch was done, or
             stood still.
         tail: the engine's last chunk was done, and the run went on elsewhere, or was being committed.
+        stood: those of ``busy`` in which the event loop stood still, of engines that answer on it.
+        doubtful: those of ``stood`` in which other code than the engine's held the loop: the engine, of whose end
+            nobody heard, and which got nothing new, may have stood still, too.
     """
 
     busy: float = 0.0
@@ -152,6 +159,8 @@ class TimeShares:
     assembling: float = 0.0
     blocked: float = 0.0
     tail: float = 0.0
+    stood: float = 0.0
+    doubtful: float = 0.0
 
     def __add__(self, other: TimeShares) -> TimeShares:
         return TimeShares(
@@ -161,6 +170,8 @@ class TimeShares:
             self.assembling + other.assembling,
             self.blocked + other.blocked,
             self.tail + other.tail,
+            self.stood + other.stood,
+            self.doubtful + other.doubtful,
         )
 
     @property
@@ -171,6 +182,11 @@ class TimeShares:
     def utilization(self) -> float:
         """Share (0-1) of the seconds in which devices were at work; 0 without any."""
         return min(1.0, self.busy / self.total) if self.total > 0 else 0.0
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether so much of ``busy`` is in doubt that `utilization` is one at most."""
+        return self.doubtful > DOUBTFUL * self.total
 
 
 @dataclass
@@ -284,7 +300,15 @@ class RunLog:
         for life in (*details.earlier, details.last_life(rows, tokens)):
             engine = self.engines.setdefault(
                 life.batcher,
-                EngineLog(life.batcher, details.process, life.engine, life.started, life.loaded, life.ended),
+                EngineLog(
+                    life.batcher,
+                    details.process,
+                    life.engine,
+                    life.started,
+                    life.loaded,
+                    life.ended,
+                    on_thread=life.on_thread,
+                ),
             )
             engine.add(life, max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_SAMPLES_OF_ALL // len(self.engines))))
         for stall in details.stalls:
@@ -338,8 +362,9 @@ class RunLog:
         if not engine.samples:
             return total
         if not stalls:
-            return total + _between(engine.samples[0], engine.samples[-1], [])
-        return total + sum((_between(*pair, stalls) for pair in itertools.pairwise(engine.samples)), TimeShares())
+            return total + _between(engine, engine.samples[0], engine.samples[-1], [])
+        found = (_between(engine, *pair, stalls) for pair in itertools.pairwise(engine.samples))
+        return total + sum(found, TimeShares())
 
     @property
     def replica_seconds(self) -> float:
@@ -424,19 +449,33 @@ def _with_numbers(histogram: Mapping[str, int]) -> dict[float, int]:
     return {float(bound): int(number) for bound, number in histogram.items()}
 
 
-def _between(before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
-    """Where the seconds between two samples went."""
+def _between(engine: EngineLog, before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
+    """Where an engine's seconds between two of its samples went."""
     starved, assembling = after.starved_s - before.starved_s, after.assembling_s - before.assembling_s
-    stood = sum(max(0.0, min(after.at, each.at) - max(before.at, each.at - each.seconds)) for each in stalls)
-    idle = starved + assembling
+    busy, idle = after.busy_s - before.busy_s, starved + assembling
+    own = _stood(before, after, (each for each in stalls if _is_own(engine, each)))
+    stood = _stood(before, after, stalls)
     held = min(stood, idle)
     left = 1 - held / idle if idle > 0 else 0.0
+    at_work = 0.0 if engine.on_thread else max(0.0, min(stood - held, busy))
     return TimeShares(
-        busy=after.busy_s - before.busy_s,
+        busy=busy,
         starved=starved * left,
         assembling=assembling * left,
         blocked=after.late_s - before.late_s + held,
+        stood=at_work,
+        doubtful=max(0.0, at_work - own),
     )
+
+
+def _stood(before: Sample, after: Sample, stalls: Iterable[Stall]) -> float:
+    """Seconds between two samples in which the event loop stood still."""
+    return sum(max(0.0, min(after.at, each.at) - max(before.at, each.at - each.seconds)) for each in stalls)
+
+
+def _is_own(engine: EngineLog, stall: Stall) -> bool:
+    """Whether a method of the engine's class held the loop: it computes there, and was at work."""
+    return f".{engine.engine}." in f".{stall.code.partition(' ')[0]}"
 
 
 FORMAT_VERSION = 1

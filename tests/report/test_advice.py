@@ -103,6 +103,29 @@ def test_the_code_that_held_the_loop_longest_is_named() -> None:
     assert "parse (mine.py:9) on a thread" in advice.action
 
 
+def test_stalls_under_a_busy_engine_that_answers_on_the_loop_are_told_with_what_they_put_in_doubt() -> None:
+    busy = {"busy": 96, "starved": 0, "assembling": 0, "late": 0, "loading": 2, "tail": 2, "replicas": 1}
+    advice = only(with_stalls(make_log(**busy), ("parse (mine.py:9)", 8.0)))
+    assert advice.title == "Blocked event loops 8.0% of the time"
+    assert advice.evidence.startswith("Of the 1 min 36 s busy, 8 s lie in stalls of the event loop: an engine that ")
+    assert "parse (mine.py:9) on a thread" in advice.action
+    assert advice.saves == 8
+    assert titles(with_stalls(make_log(**busy), ("parse (mine.py:9)", 4.0))) == []
+
+
+def test_an_engine_that_computes_on_the_loop_is_busy_and_told_to_be_in_the_way() -> None:
+    advice = only(with_stalls(make_log(busy=96, starved=0, assembling=0, late=0, replicas=1), ("FakeEngine.infer", 8)))
+    assert advice.evidence.startswith("For 8 s the engine itself computed on the event loop, and all else waited. ")
+    assert advice.saves == 0
+
+
+def test_an_engine_on_a_thread_is_busy_whatever_the_loop_does() -> None:
+    log = with_stalls(make_log(busy=96, starved=0, assembling=0, late=0, replicas=1), ("parse (mine.py:9)", 8.0))
+    for engine in log.engines.values():
+        engine.on_thread = True
+    assert titles(log) == []
+
+
 def test_a_blocked_loop_that_never_stood_still_for_long_has_too_much_to_do() -> None:
     assert "never stood still" in only(make_log(busy=80, late=12)).evidence
 
@@ -170,6 +193,11 @@ def test_failures_of_one_cause_come_first_and_say_what_to_do() -> None:
     assert "Raise max_tokens" in cut.action
     assert "then run into another output, or with --overwrite" in cut.action
     assert "--retry_failures" not in cut.action  # refused: the parts that are there were made with other parameters
+    for cause, number in (("EngineOutOfMemory", "Lower max_batch_size"), ("DeadlineExceeded", "Raise the records'")):
+        of_code = only(with_failures(make_log(), **{cause: 300})).action
+        assert of_code.startswith(number)
+        assert "then run into another output, or with --overwrite" in of_code
+        assert "--retry_failures" not in of_code  # refused: the number stands in the code, which is another then
     unknown = only(with_failures(make_log(), KeyError=300))
     assert (
         "Look at the example rows below. If you mend rows, run the same command again with --retry_failures"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from flyte_batch.report.answer import knows_times, status
-from flyte_batch.report.formats import count, cut, moment, percent, seconds
+from flyte_batch.report.answer import knows_times, status, utilization
+from flyte_batch.report.formats import count, cut, moment, seconds
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Table
 
@@ -21,7 +21,7 @@ def earlier_runs(logs: Sequence[RunLog]) -> Table | None:
             status(log),
             seconds(log.seconds),
             count(_left_by(log, later)),
-            percent(log.utilization) if log.engines else "–",
+            utilization(log.time_shares()) if log.engines else "–",
             cut(log.error, 300) or "–",
         ]
         for log, later in itertools.pairwise(logs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flyte_batch.report import charts
 from flyte_batch.report.advice import mean_fill
+from flyte_batch.report.answer import utilization
 from flyte_batch.report.formats import count, number, percent, plural, seconds
 from flyte_batch.report.run_log import EngineLog, TimeShares
 from flyte_batch.report.sections.elements import Chart, Table, bounded_table, time_marks
@@ -44,7 +45,7 @@ def overview_charts(
     if not slices or not any(each.replicas for each in slices):
         return []
     whose = "all replicas"
-    mean = percent(shares.utilization)
+    mean = utilization(shares)
     return [
         _steps("fb-all-u", "Utilisation", whose, [each.utilization for each in slices], at, percent, 1.0, mean),
         _steps("fb-all-r", "Rows/s answered", whose, [each.rows_per_s for each in slices], at, number),
@@ -57,11 +58,11 @@ def replica(index: int, process: str, engines: Sequence[EngineLog], shares: Time
     slices = timeline(engines, at)
     ident = f"fb-r{index}"
     lives = plural(len(engines), "engine")
-    mean, fill = percent(shares.utilization), mean_fill(engines)
+    mean, fill = utilization(shares), mean_fill(engines)
     rows = plural(sum(engine.rows for engine in engines), "row")
     return Replica(
         name=process,
-        note=f"{rows}, busy {percent(shares.utilization)} of {seconds(shares.total)}, {lives}",
+        note=f"{rows}, busy {utilization(shares)} of {seconds(shares.total)}, {lives}",
         charts=[
             _steps(f"{ident}-u", "Utilisation", process, [each.utilization for each in slices], at, percent, 1.0, mean),
             _steps(f"{ident}-t", "Rows/s answered", process, [each.rows_per_s for each in slices], at, number),
@@ -136,7 +137,7 @@ def replicas_table(
                 ", ".join(dict.fromkeys(engine.engine for engine in engines)),
                 count(sum(engine.rows for engine in engines)),
                 count(sum(engine.tokens for engine in engines)),
-                percent(shares.utilization),
+                utilization(shares),
                 *(seconds(value) for _, value in kinds(shares)),
             ]
         )

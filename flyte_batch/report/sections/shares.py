@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from flyte_batch.report import charts
+from flyte_batch.report.advice import doubts
 from flyte_batch.report.answer import knows_times
 from flyte_batch.report.formats import percent, seconds
 from flyte_batch.report.run_log import RunLog, TimeShares
@@ -50,8 +51,9 @@ def shares_chart(shares: TimeShares) -> Chart | None:
 def shares_table(shares: TimeShares) -> Table | None:
     if shares.total <= 0:
         return None
+    told = {**KINDS, "busy": f"{KINDS['busy']}; {doubts(shares)}"} if shares.is_upper_bound else KINDS
     rows: list[list[str | Markup]] = [
-        [_swatch(kind), seconds(value), percent(value / shares.total), KINDS[kind]] for kind, value in kinds(shares)
+        [_swatch(kind), seconds(value), percent(value / shares.total), told[kind]] for kind, value in kinds(shares)
     ]
     rows.append(["together", seconds(shares.total), "100%", "all engines, each from its first chunk to the run's end"])
     return Table("Where the time went", ("Part", "Seconds", "Share", "What it is"), rows, frozenset({3}))
