@@ -1,6 +1,6 @@
 """What monitoring costs at 10,000 records a second: the same work with and without it, in turns, in one run.
 
-    python benchmarks/monitoring.py [--rounds N] [--seconds S]
+    python benchmarks/monitoring.py [--rounds N] [--seconds S] [--way WAY]...
 
 The device is simulated: it takes 10,000 records a second and no more. Eight callers keep it busy. Four ways to it:
 
@@ -252,13 +252,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="all by default")
     parser.add_argument("--device", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device is not None:
         step_for_others(socket.socket(fileno=options.device))
         return
     print(conditions("prometheus-client", "opentelemetry-sdk"))
-    for name, way in WAYS.items():
+    for name in options.way or WAYS:
+        way = WAYS[name]
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in BACKENDS}
         asyncio.run(measured(way, [], 0.5))
         for number in range(options.rounds):

@@ -150,9 +150,11 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 if deadline is None or clock() < deadline:
                     await self._nap(deadline)
                     continue
-            await self._run()
-            # A process_fn that never awaits would otherwise hold the loop for as long as records wait.
-            await asyncio.sleep(0)
+            loop_turned = await self._run()
+            if not loop_turned or not self._is_due():
+                # A process_fn that never awaits would otherwise hold the loop for as long as records wait. And where no
+                # full batch waits, those who have their results now may bring more; else the device waits for nobody.
+                await asyncio.sleep(0)
 
     def _arrived(self, was_empty: bool) -> None:
         if self._nudge is not None and not self._nudge.done() and (was_empty or self._is_due()):
@@ -172,8 +174,14 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             return True
         return waiting >= self._min_batch_size and self._backlog.fills_a_batch(self._budget)
 
-    async def _run(self) -> None:
-        """Take a batch and run it, and what it is split into, until each of its records is resolved."""
+    async def _run(self) -> bool:
+        """Take a batch and run it, and what it is split into, until each of its records is resolved.
+
+        Returns:
+            Whether the event loop could turn meanwhile.
+        """
+        turns: list[None] = []
+        turn = asyncio.get_running_loop().call_soon(turns.append, None)
         todo = self._on_device
         todo.append(self._backlog.take(self._budget))
         self._room_was_made()
@@ -210,6 +218,8 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         if (task := asyncio.current_task()) is not None and task.cancelling():
             # process_fn swallowed a cancellation that was meant for us.
             raise asyncio.CancelledError("its task was cancelled")
+        turn.cancel()
+        return bool(turns)
 
     def _failed(self, batch: Batch[RecordT, ResultT], error: BaseException, started_at: float) -> None:
         """Decide what becomes of the batch on top of the list: it is split, or fails, or everything ends.

@@ -727,3 +727,44 @@ async def test_a_process_fn_that_never_awaits_leaves_the_loop_to_others_between_
         task.cancel()
     batches = [i for i, turn in enumerate(turns) if turn == "batch"]
     assert all("other" in turns[a:b] for a, b in itertools.pairwise(batches[1:]))
+
+
+@pytest.mark.parametrize(("lets_the_loop_turn", "started"), [(True, 2), (False, 1)])
+async def test_a_full_batch_that_waits_starts_before_those_with_results_go_on_where_the_loop_could_turn(
+    lets_the_loop_turn: bool, started: int
+):
+    starts: list[list[int]] = []
+
+    async def process(batch: list[int]) -> list[int]:
+        starts.append(batch)
+        if lets_the_loop_turn:
+            await asyncio.sleep(0)
+        return batch
+
+    async with DynamicBatcher(process, max_batch_size=2) as batcher:
+        futures = await batcher.submit_batch(range(4))
+        when_told: list[int] = []
+        futures[0].add_done_callback(lambda _: when_told.append(len(starts)))
+        await asyncio.gather(*futures)
+    assert when_told == [started]
+
+
+async def test_where_no_full_batch_waits_those_with_results_may_fill_it():
+    sizes: list[int] = []
+
+    async def process(batch: list[int]) -> list[int]:
+        sizes.append(len(batch))
+        await asyncio.sleep(0.01)
+        return batch
+
+    async with DynamicBatcher(process, max_batch_size=4, batch_timeout_s=0) as batcher:
+        waiting = [await batcher.submit(number) for number in range(2)]
+        await until(lambda: batcher.stats.running == 2)
+        one_more = await batcher.submit(2)
+
+        async def again() -> int:
+            await waiting[0]
+            return await (await batcher.submit(3))
+
+        assert await asyncio.gather(one_more, again()) == [2, 3]
+    assert sizes == [2, 2]
