@@ -13,6 +13,7 @@ that follow `ContinuousEngine`; `check_engine` runs the ones that apply.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,16 +134,24 @@ async def check_prepares_on_threads(start: Start, prompts: Sequence[Prompt]) -> 
 
 
 async def check_leaves_the_loop_free(start: Start, prompts: Sequence[Prompt]) -> None:
-    """While a batch runs, the event loop goes on: nobody waits longer than `LONGEST_STALL_S`."""
+    """While a batch runs, the event loop goes on: nobody waits longer than `LONGEST_STALL_S`.
+
+    One of three batches that holds to it will do: a busy machine holds up the loop, too, but an engine does each time.
+    """
     async with _started(start) as engine:
         records = [engine.prepare(prompt) for prompt in prompts]
-        work = asyncio.ensure_future(engine.infer(records * (256 // len(records))))
-        longest, last = 0.0, time.perf_counter()
-        while not work.done():
-            await asyncio.sleep(0.001)
-            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-        await work
-        _expect(longest <= LONGEST_STALL_S, f"infer held the event loop for {longest:.2f} s: run the model on a thread")
+        least = math.inf
+        for _ in range(3):
+            work = asyncio.ensure_future(engine.infer(records * (256 // len(records))))
+            longest, last = 0.0, time.perf_counter()
+            while not work.done():
+                await asyncio.sleep(0.001)
+                longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+            await work
+            least = min(least, longest)
+            if least <= LONGEST_STALL_S:
+                break
+        _expect(least <= LONGEST_STALL_S, f"infer held the event loop for {least:.2f} s: run the model on a thread")
 
 
 async def check_takes_calls_at_once(start: Start, prompts: Sequence[Prompt]) -> None:
