@@ -1,4 +1,4 @@
-"""What every test needs: no telemetry, no singleton left over from the test before."""
+"""What every test needs: no telemetry, no settings of its caller, no singleton left over from the test before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from hypothesis import settings
 from flyte_batch import singletons
 
 os.environ["DO_NOT_TRACK"] = "1"  # flyte reads it at import
+
+# What changes what is shown: no test is to depend on whether a person or CI runs it (before tests.helpers is imported).
+for _name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONUNBUFFERED", "FLYTE_BATCH_PROGRESS"):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm-256color"
 
 # The same examples in every run of CI; other ones wherever people run the tests.
 settings.register_profile("same_examples", derandomize=True, database=None)

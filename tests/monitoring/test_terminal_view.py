@@ -21,11 +21,7 @@ from tests.helpers import FLYTE, ROOT, questions
 
 pyte = pytest.importorskip("pyte")
 
-ENVIRONMENT = {
-    key: value
-    for key, value in os.environ.items()
-    if key not in ("CI", "NO_COLOR", "COLUMNS", "LINES", "FORCE_COLOR", "FLYTE_BATCH_PROGRESS")
-} | {"TERM": "xterm-256color", "DO_NOT_TRACK": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
 
 PROGRAM = """
 import logging, os, sys
