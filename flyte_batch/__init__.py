@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from flyte_batch.data.chunks import Chunk as Chunk
     from flyte_batch.data.chunks import ChunkReport as ChunkReport
     from flyte_batch.data.output import read_output as read_output
+    from flyte_batch.device_calls import device_at_work as device_at_work
+    from flyte_batch.device_calls import device_worked as device_worked
     from flyte_batch.driver import RunSummary as RunSummary
     from flyte_batch.driver import run as run
     from flyte_batch.engines.base import ContinuousEngine as ContinuousEngine
@@ -71,6 +73,7 @@ _HOMES = {
     "batching": ("BatchStats", "ContinuousBatcher", "DynamicBatcher", "EngineBatcher", "TokenBatcher"),
     "data.chunks": ("Chunk", "ChunkReport"),
     "data.output": ("read_output",),
+    "device_calls": ("device_at_work", "device_worked"),
     "driver": ("RunSummary", "run"),
     "engines.base": ("ContinuousEngine", "Engine"),
     "engines.ctranslate2": ("CTranslate2Engine",),

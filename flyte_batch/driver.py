@@ -30,7 +30,8 @@ from flyte_batch.planning.overheads import USUAL_ROWS_PER_S
 from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.progress.texts import by_earlier_runs
 from flyte_batch.replica import check_driver
-from flyte_batch.report.formats import percent, seconds
+from flyte_batch.report.answer import utilization
+from flyte_batch.report.formats import seconds
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 from flyte_batch.versions import versions
@@ -66,7 +67,8 @@ class RunSummary:
         response_tokens: tokens generated.
         seconds: wall-clock time of this run.
         utilization: share (0-1) of their time in which the replicas' devices were busy, model load included;
-            0 if this run had nothing to do.
+            0 if this run had nothing to do. One at most where engines do not say when their devices were at work, and
+            event loops stood still.
         chunks: chunks of the output.
         chunks_reused: those of them that an earlier run had committed.
         output: the folder with the Parquet parts and the manifest.
@@ -213,7 +215,7 @@ async def run(
         )
     why = ", see the column 'error'" if summary.failures else ""
     done = f"{summary.rows:,} rows{by_earlier_runs(summary.rows, plan.rows_reused)}"
-    busy = f", device busy {percent(summary.utilization)}" if log.engines else ""
+    busy = f", device busy {utilization(log.time_shares())}" if log.engines else ""
     page = f"; how it went: {PAGE_FILE} there" if keeper.has_page else ""
     view.say(
         f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; {summary.chunks} parts, "

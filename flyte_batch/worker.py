@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flyte_batch.batching.engine_batcher import EngineOwner
-from flyte_batch.batching.processing import is_async
 from flyte_batch.data.chunks import Chunk, ChunkReport, read_chunk
 from flyte_batch.data.pandas_import import import_pandas
 from flyte_batch.errors import MOST_CAUSES, BadInput, BadRecord, DeadlineExceeded, EngineError
@@ -173,7 +172,6 @@ class _Work:
         while True:
             batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
             self._silence = _Silence(batcher)
-            on_thread = not is_async(batcher.engine.infer)
             loaded_at = clock.now()
             with recorder.sampling(batcher) as samples:
                 try:
@@ -187,7 +185,7 @@ class _Work:
                         raise
                     done = task.done(earlier)
                     life = (batcher.id, batcher.engine_name, started_at, loaded_at, clock.now(), samples(), *done)
-                    earlier.append(EngineLife(*life, on_thread=on_thread))
+                    earlier.append(EngineLife(*life, is_told=batcher.is_told))
                     died_at, started_at = now, clock.now()
                     left = task.left
                     logger.warning("%s with %d of %d rows to do; building the engine anew", error, left, chunk.rows)
@@ -208,7 +206,7 @@ class _Work:
             died=tuple(self._recording.died),
             gpus=await asyncio.to_thread(sampler.use_between, began_at, clock.now()) if sampler is not None else (),
             earlier=tuple(earlier),
-            on_thread=on_thread,
+            is_told=batcher.is_told,
         )
         report = ChunkReport(
             chunk_id=chunk.id,

@@ -7,12 +7,14 @@ import sys
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import flyte_batch as fb
 from flyte_batch.errors import BadInput
-from flyte_batch.monitoring.details import ChunkDetails, Sample
-from flyte_batch.progress import VARIABLE, RunView
+from flyte_batch.monitoring.details import ChunkDetails, Sample, Stall
+from flyte_batch.progress import VARIABLE, RunView, texts
 from flyte_batch.progress.figures import Figures, Pace, queues_here
+from flyte_batch.progress.frame import Moment, frame
 from flyte_batch.progress.texts import idle
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 
@@ -272,11 +274,25 @@ def test_a_replica_is_a_process_however_many_engines_it_had() -> None:
     figures = Figures.of(log)
     assert [(each.name, each.rows) for each in figures.replicas] == [("host-2", 300), ("host-1", 200)]
     assert figures.replicas[1].rows_per_s == pytest.approx(200 / 29)  # from second 11
-    assert figures.replicas[0].utilization == pytest.approx(6.3 / 10)
-    assert figures.replicas[1].utilization == pytest.approx(2 * 6.3 / 30)  # ten seconds without an engine
+    assert figures.replicas[0].shares.utilization == pytest.approx(6.3 / 10)
+    assert figures.replicas[1].shares.utilization == pytest.approx(2 * 6.3 / 30)  # ten seconds without an engine
     assert (figures.queued, figures.running) == (60, 14)  # of two living engines, not of three
     assert figures.tokens == 5000
     assert figures.shares == log.time_shares()
+
+
+def test_a_utilisation_in_doubt_is_one_at_most_in_a_line_and_in_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = a_log()
+    add(log, 20)
+    log.stalls.append(("host-1", Stall(18.5, 7, "parse (mine.py)")))  # of which 2.7 s are the device's free ones
+    log.ended = 20
+    figures = Figures.of(log)
+    assert texts.line(figures, Pace(100, 1, 0), 20, is_over=True).endswith("device busy at most 63%")
+    out = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "100")
+    moment = Moment(figures, Pace(100, 1, 0), 20, None, is_over=False)
+    Console(file=out).print(frame(moment, 100))
+    assert out.getvalue().count("busy at most 63%") == 2  # of all devices, and of its replica
 
 
 def test_failed_chunks_and_dead_engines_are_counted() -> None:

@@ -86,7 +86,7 @@ def test_busy_seconds_of_an_engine_that_answers_on_the_loop_are_in_doubt_while_i
     assert shares == TimeShares(busy=9, blocked=1, stood=3, doubtful=2)  # one second was the engine's own
     assert shares.total == 10
     assert shares.is_upper_bound
-    measured = log_of(details("a", 0, 0, 10, *both, stalls=STOOD, on_thread=True)).time_shares()
+    measured = log_of(details("a", 0, 0, 10, *both, stalls=STOOD, is_told=True)).time_shares()
     assert measured == TimeShares(busy=9, blocked=1)
     assert not measured.is_upper_bound
     little = log_of(details("a", 0, 0, 10, sample(0), sample(10, busy=10), stalls=(Stall(8, 0.125, "f"),)))
@@ -136,7 +136,7 @@ async def test_a_chunks_details_say_whether_its_engines_were_measured_on_a_threa
         return await fb.infer(chunk, solver, prompt="{question}")
 
     def known(log: RunLog) -> list[tuple[str, bool]]:
-        return [(engine.engine, engine.on_thread) for engine in log.engines.values()]
+        return [(engine.engine, engine.is_told) for engine in log.engines.values()]
 
     options: Any = {"progress": "off", "code_version": "1"}
     source = questions(tmp_path / "in.jsonl", 10)

@@ -164,6 +164,11 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         return self._meter.snapshot(queued=len(self._backlog))
 
     @property
+    def is_told(self) -> bool:
+        """Whether calls say when their device was at work: busy seconds then hold where the event loop stands still."""
+        return self._meter.is_told
+
+    @property
     def stats_source(self) -> Callable[[], BatchStats]:
         """Gives `stats`, the queue left out, without keeping the batcher or its engine alive."""
         return partial(self._meter.snapshot, queued=0)

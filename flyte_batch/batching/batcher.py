@@ -197,11 +197,13 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 continue
             if hooks.is_anybody_listening():
                 self._teller.formed(len(batch), batch.cost, self._fill(batch), len(self._backlog))
-            self._meter.enter("busy")
+            call = self._meter.launched()
             self._meter.on_device(len(batch))
             started_at = time.time()
             self._teller.tell_soon()  # of the half before
-            outcome = await self._processor.call(batch.records)
+            outcome = await self._processor.call(batch.records, call.told)
+            self._meter.landed(call)
+            self._meter.enter("late")
             self._count(batch)
             if isinstance(outcome, list):
                 todo.pop()
@@ -284,7 +286,6 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         return max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size)
 
     def _count(self, batch: Batch[RecordT, ResultT]) -> None:
-        self._meter.enter("late", at=self._processor.ended_at)
         self._meter.on_device(0)
         self._meter.loop_blocked_s = self._processor.watch.blocked_s
         self._meter.batch_finished(

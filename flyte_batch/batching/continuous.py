@@ -22,6 +22,8 @@ from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.batching.lanes import MapLane, ResultFuture, SubmitLane
 from flyte_batch.batching.packing import Backlog, Batch
 from flyte_batch.batching.processing import LoopWatch, is_async, is_out_of_memory, name_of
+from flyte_batch.batching.stats import Call
+from flyte_batch.device_calls import current_call
 from flyte_batch.engines.base import ContinuousEngine
 from flyte_batch.errors import EngineDead
 from flyte_batch.monitoring import hooks
@@ -45,7 +47,11 @@ _RECOVERY = 0.05
 class _Flight(Generic[RecordT]):
     """One record on its way through the engine."""
 
-    __slots__ = ("batch", "beside", "budget_before", "cost", "generation", "owner", "started_at", "task", "unwanted")
+    __slots__ = (
+        "batch", "beside", "budget_before", "call", "cost", "generation", "owner", "started_at", "task", "unwanted",
+    )  # fmt: skip
+
+    call: Call  # the last one made with it
 
     def __init__(self, owner: ContinuousBatcher[RecordT], batch: Batch[RecordT, Completion]) -> None:
         self.owner = owner
@@ -254,11 +260,10 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         if hooks.is_anybody_listening():
             self._teller.admitted(flight.cost, self._fullness(), len(self._backlog), flight.started_at)
         self._meter.on_device(len(self._flights))
-        if self._meter.phase != "busy":
-            self._meter.enter("busy")
+        flight.call = self._meter.launched()
         # In its caller's context, so that what the engine logs and traces is the caller's.
         # On the batcher's loop: room may be made while it does not run, by a caller who gives up.
-        flight.task = self._loop.create_task(self._generate(flight.record), context=lane.context.copy())
+        flight.task = self._loop.create_task(self._generate(flight), context=lane.context.copy())
         # What follows is everybody's: out of memory, or dead, is not the news of the caller whose record found out.
         flight.task.add_done_callback(lambda task: self._landed(flight, task), context=self._context)
 
@@ -266,9 +271,10 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         """Share of the budget or of the most records that is in flight, whichever is larger."""
         return max(len(self._flights) / self._max_in_flight, self._cost / self._target)
 
-    async def _generate(self, record: RecordT) -> Completion:
+    async def _generate(self, flight: _Flight[RecordT]) -> Completion:
         call_under_way.set(self._call_under_way)
-        return await self._watch.over(self.engine.generate(record))
+        current_call.set(flight.call.told)
+        return await self._watch.over(self.engine.generate(flight.record))
 
     def _landed(self, flight: _Flight[RecordT], task: asyncio.Task[Completion]) -> None:
         """A record came out of the engine, one way or another."""
@@ -280,6 +286,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         # Sums of floats drift; nothing in flight costs nothing.
         self._cost = self._cost - flight.cost if self._flights else 0
         self._meter.on_device(len(self._flights))
+        self._meter.landed(flight.call)
         self._meter.loop_blocked_s = self._watch.blocked_s
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:

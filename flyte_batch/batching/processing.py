@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence, S
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
+from flyte_batch.device_calls import DeviceCall, current_call
 from flyte_batch.errors import BatcherError, EngineOutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -145,38 +146,40 @@ class Processor(Generic[RecordT, ResultT]):
         fn: the user's function.
         blocked_loop_warning_s: how long one step of an ``async`` function may hold the loop before a warning, seconds.
 
-    Attributes:
-        ended_at: when the last call of the function ended, on ``time.monotonic``'s clock. Where it runs on a
-            thread, that is before the event loop hears of it.
     """
 
     def __init__(self, fn: ProcessFn[RecordT, ResultT], *, blocked_loop_warning_s: float) -> None:
         self.name = name_of(fn)
         self.watch = LoopWatch(self.name, blocked_loop_warning_s)
         self._fn = fn
-        self.ended_at = 0.0
         self._on_loop = is_async(fn)
         self._thread: ThreadPoolExecutor | None = None
 
-    async def call(self, records: list[RecordT]) -> list[ResultT] | BaseException:
-        """The results, or what was raised instead. It raises only if the calling task itself is cancelled."""
+    async def call(self, records: list[RecordT], told: DeviceCall) -> list[ResultT] | BaseException:
+        """The results, or what was raised instead. It raises only if the calling task itself is cancelled.
+
+        Args:
+            records: the batch.
+            told: hears when the device is at work on it: on a thread the function is the device's work, unless it says
+                more itself.
+        """
         task = asyncio.current_task()
+        current_call.set(told)
         try:
             answer: Any
             if self._on_loop:
                 answer = self._fn(records)
             else:
                 # Errors of the thread travel as values too: a future, or a coroutine, would mistake StopIteration.
-                answer, error, self.ended_at = await self._in_thread(records)
+                answer, error, began, ended = await self._in_thread(records)
+                if told.ended is None and not inspect.isawaitable(answer):
+                    told.worked(began, ended)
                 if error is not None:
                     return error
             if inspect.isawaitable(answer):
                 # A lambda or a wrapper around an async function. From now on it is called where it belongs.
                 self._on_loop = True
-                try:
-                    answer = await self.watch.over(answer)
-                finally:
-                    self.ended_at = time.monotonic()
+                answer = await self.watch.over(answer)
             return checked_results(answer, len(records))
         except asyncio.CancelledError as leaked:
             if task is not None and task.cancelling():
@@ -193,7 +196,7 @@ class Processor(Generic[RecordT, ResultT]):
             self._thread.shutdown(wait=False)
             self._thread = None
 
-    async def _in_thread(self, records: list[RecordT]) -> tuple[Any, BaseException | None, float]:
+    async def _in_thread(self, records: list[RecordT]) -> tuple[Any, BaseException | None, float, float]:
         if self._thread is None:
             # One thread, always the same: engines keep per-thread state, and a batch at a time is the contract.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"batcher-{self.name}")
@@ -203,13 +206,16 @@ class Processor(Generic[RecordT, ResultT]):
         )
 
 
-def _outcome_of(fn: Callable[[list[RecordT]], Any], records: list[RecordT]) -> tuple[Any, BaseException | None, float]:
+def _outcome_of(
+    fn: Callable[[list[RecordT]], Any], records: list[RecordT]
+) -> tuple[Any, BaseException | None, float, float]:
     answer: Any = None
+    began = time.monotonic()
     try:
         answer, error = fn(records), None
     except BaseException as raised:
         error = raised
-    return answer, error, time.monotonic()
+    return answer, error, began, time.monotonic()
 
 
 class _Timed:

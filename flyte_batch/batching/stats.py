@@ -7,9 +7,12 @@ knows no event loop, so that its arithmetic can be tested with a clock of the te
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
+
+from flyte_batch.device_calls import DeviceCall
 
 Phase = Literal["off", "starved", "assembling", "late", "busy"]
 """What the device does: not started, free with nothing waiting, free while a batch fills, free but the event loop
@@ -41,12 +44,13 @@ class BatchStats:
         out_of_memory: batches that did not fit the device.
         queued: records waiting at this moment.
         running: records on the device at this moment.
-        busy_time_s: seconds inside ``process_fn``, the running call included.
+        busy_time_s: seconds with a call under way, the running one included, apart from ``late_time_s``.
         record_time_s: the sum over records of their seconds on the device, running ones included.
         starved_time_s: seconds with a free device and nothing waiting: bring more records.
         assembling_time_s: seconds with a free device and records waiting for more: lower ``batch_timeout_s``.
-        late_time_s: seconds from the end of a plain ``process_fn`` on its thread until the event loop heard of it: code
-            that holds the loop, or too much work on it.
+        late_time_s: seconds with a free device because the event loop had not come to it: to hear of the end of a call,
+            or to hand one over. Code holds the loop, or there is too much work on it. Known of a plain ``process_fn``,
+            which runs on a thread, and of calls that say when their device was at work (`device_at_work`).
         loop_blocked_s: seconds in which an ``async def process_fn`` held the event loop beyond the warning's threshold.
     """
 
@@ -121,11 +125,35 @@ def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
     return part / whole if whole > 0 else empty
 
 
+_MOST_CALLS = 100_000
+"""Calls that wait for an earlier one to come back, beyond which that one is taken to have kept the device at work."""
+
+
+class Call:
+    """A call that keeps the device at work.
+
+    Attributes:
+        told: what it says of that itself.
+        began: when the device began with it, on the meter's clock, as far as is known.
+        ended: when it was done; None until the call is back.
+    """
+
+    __slots__ = ("began", "ended", "told")
+
+    def __init__(self, began: float) -> None:
+        self.told = DeviceCall()
+        self.began = began
+        self.ended: float | None = None
+
+
 class Meter:
     """Collects what a batcher reports; every second belongs to exactly one phase.
 
     Args:
-        clock: seconds, monotonic.
+        clock: seconds, monotonic; the one by which calls say when their device was at work.
+
+    Attributes:
+        is_told: whether calls say that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -139,16 +167,57 @@ class Meter:
         # Each swapped as a whole: another thread may take a snapshot meanwhile.
         self._phases: tuple[Phase, float, dict[Phase, float]] = "off", clock(), dict.fromkeys(get_args(Phase), 0.0)
         self._on_device: tuple[int, float, float] = 0, clock(), 0.0
+        self.is_told = False
+        self._calls: deque[Call] = deque()  # from the first that is not back
+        self._worked_until = 0.0  # by calls before these
 
     @property
     def phase(self) -> Phase:
         return self._phases[0]
 
-    def enter(self, phase: Phase, at: float | None = None) -> None:
-        """From now on, or since ``at`` on the meter's clock, the time is ``phase``'s."""
+    def enter(self, phase: Phase) -> None:
+        """From now on the time is ``phase``'s."""
         before, since, seconds = self._phases
-        now = self._clock() if at is None else max(at, since)
+        now = self._clock()
         self._phases = phase, now, {**seconds, before: seconds[before] + now - since}
+        if phase == "off":
+            self._calls.clear()
+
+    def launched(self) -> Call:
+        """A call is made: the device is busy from now on."""
+        now = self._clock()
+        if not self._calls:
+            self._worked_until = now
+        if self.phase != "busy":
+            self.enter("busy")
+        call = Call(now)
+        self._calls.append(call)
+        if len(self._calls) > _MOST_CALLS:
+            self._calls.popleft()
+            self._worked_until = now
+        return call
+
+    def landed(self, call: Call) -> None:
+        """A call is back. Seconds in which, as it turns out, the device was at work on none were late, not busy.
+
+        That turns out of the time before a call when it and all earlier ones are back. Calls are taken to begin in the
+        order in which they were made.
+        """
+        now = self._clock()
+        began, ended = call.told.began, call.told.ended
+        call.ended = now
+        if began is not None and ended is not None and call.began <= began <= ended <= now:  # else by another clock
+            self.is_told = True
+            call.began, call.ended = began, ended
+        free = 0.0
+        while self._calls and (ended := self._calls[0].ended) is not None:
+            free += max(0.0, self._calls.popleft().began - self._worked_until)
+            self._worked_until = max(self._worked_until, ended)
+        if not self._calls:
+            free += now - self._worked_until
+        if free:
+            phase, since, seconds = self._phases
+            self._phases = phase, since, {**seconds, "busy": seconds["busy"] - free, "late": seconds["late"] + free}
 
     def on_device(self, records: int) -> None:
         """From now on so many records are on the device."""

@@ -9,6 +9,7 @@ runs. Everything happens off the event loop.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import secrets
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flyte_batch.cores import available_cores
+from flyte_batch.device_calls import device_at_work
 from flyte_batch.engines.checks import require_no_images, require_options
 from flyte_batch.engines.tokenising import ModelFolder, PromptTokeniser, TokenisedPrompt
 from flyte_batch.errors import BadInput, EngineDead, EngineError, EngineOutOfMemory
@@ -220,7 +222,10 @@ class CTranslate2Engine:
             raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one")
         cancelled = threading.Event()
         try:
-            call = asyncio.get_running_loop().run_in_executor(self._threads, self._infer, tuple(batch), cancelled)
+            context = contextvars.copy_context()
+            call = asyncio.get_running_loop().run_in_executor(
+                self._threads, context.run, self._infer, tuple(batch), cancelled
+            )
         except RuntimeError as error:  # closed between the check and here, by another thread's loop
             raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one") from error
         try:
@@ -229,6 +234,7 @@ class CTranslate2Engine:
             cancelled.set()
             raise
 
+    @device_at_work()
     def _infer(self, batch: Sequence[TokenisedPrompt], cancelled: threading.Event) -> list[Completion | Exception]:
         results: list[Completion | Exception] = [_UNFINISHED] * len(batch)
         running: list[_SubBatch] = []

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from flyte_batch.device_calls import device_worked
 from flyte_batch.engines.checks import require_no_images
 from flyte_batch.engines.messages import images_of
 from flyte_batch.engines.pictures import decode_picture
@@ -236,7 +237,10 @@ class VLLMEngine:
             raise
         except Exception as error:
             raise self._translated(error) from error
-        return self._completion(finals[-1])
+        final = finals[-1]
+        if (times := final.metrics) is not None:  # the core's own; none with disable_log_stats
+            device_worked(times.scheduled_ts, times.last_token_ts)
+        return self._completion(final)
 
     async def infer(self, batch: Sequence[VLLMRecord]) -> list[Completion | Exception]:
         """Continue every prompt, side by side; one result a record, in the batch's order.

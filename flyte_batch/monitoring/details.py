@@ -101,7 +101,7 @@ class EngineLife:
         samples: of its batcher, from ``loaded`` to ``ended``.
         rows: of the chunk that it answered.
         tokens: of prompts and responses of these.
-        on_thread: see `ChunkDetails`.
+        is_told: see `ChunkDetails`.
     """
 
     batcher: str
@@ -112,7 +112,7 @@ class EngineLife:
     samples: tuple[Sample, ...]
     rows: int = 0
     tokens: int = 0
-    on_thread: bool = False
+    is_told: bool = False
 
     def later(self, seconds: float) -> EngineLife:
         """The same, so much later."""
@@ -146,8 +146,8 @@ class ChunkDetails:
         died: ids of batchers of this process that died meanwhile.
         gpus: what they did while the worker was at it.
         earlier: the engines that died before, in their order.
-        on_thread: whether the engine's call is a plain function, whose end is measured on its thread. Of any other
-            nobody knows, while the event loop stands still, whether it is still at work.
+        is_told: whether the engine's calls say when their device was at work. Of any other nobody knows, while the
+            event loop stands still, whether it still is.
     """
 
     process: str
@@ -166,7 +166,7 @@ class ChunkDetails:
     died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
     earlier: tuple[EngineLife, ...] = ()
-    on_thread: bool = False
+    is_told: bool = False
 
     @property
     def began(self) -> float:
@@ -184,7 +184,7 @@ class ChunkDetails:
             self.samples,
             rows,
             tokens,
-            self.on_thread,
+            self.is_told,
         )
 
     def clock_lag(self, given: float, heard: float) -> float:

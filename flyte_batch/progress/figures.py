@@ -23,14 +23,14 @@ class Replica:
         engine: class of its engine, the newest one.
         rows: that it answered.
         rows_per_s: from its first engine to the end of its last chunk.
-        utilization: share (0-1) of its time with the device at work.
+        shares: where its engines' seconds went.
     """
 
     name: str
     engine: str
     rows: int
     rows_per_s: float
-    utilization: float
+    shares: TimeShares
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def _replica(engines: Sequence[EngineLog], shares: Iterable[TimeShares]) -> Repl
     rows = sum(engine.rows for engine in engines)
     seconds = max(engine.ended for engine in engines) - min(engine.loaded for engine in engines)
     rate = rows / seconds if seconds > 0 else 0.0
-    return Replica(engines[-1].process, engines[-1].engine, rows, rate, sum(shares, TimeShares()).utilization)
+    return Replica(engines[-1].process, engines[-1].engine, rows, rate, sum(shares, TimeShares()))
 
 
 def queues_here() -> tuple[int, int] | None:

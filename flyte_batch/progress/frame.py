@@ -16,7 +16,8 @@ from rich.text import Text
 
 from flyte_batch.progress import texts
 from flyte_batch.progress.figures import Figures, Pace, Replica
-from flyte_batch.report.formats import number, percent, seconds
+from flyte_batch.report.answer import utilization
+from flyte_batch.report.formats import number, seconds
 
 MOST_REPLICAS = 4
 
@@ -51,7 +52,7 @@ def frame(moment: Moment, width: int) -> RenderableType:
     grid.add_row("time", _time(moment))
     if figures.shares.total > 0:
         where = texts.idle(figures.shares)
-        grid.add_row("devices", f"busy {percent(figures.shares.utilization)}" + (f"; {where}" if where else ""))
+        grid.add_row("devices", f"busy {utilization(figures.shares)}" + (f"; {where}" if where else ""))
     if not moment.is_over and (moment.queues is not None or figures.replicas):
         queued, running = moment.queues or (figures.queued, figures.running)
         grid.add_row("queue", f"{queued:,} waiting, {running:,} on the devices")
@@ -100,7 +101,7 @@ def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
     for each in replicas[:MOST_REPLICAS]:
         name = texts.printable(f"{each.engine} {each.name}")
         name = name if len(name) <= width - 30 else ".." + name[32 - width :]  # what tells pods apart is at the end
-        grid.add_row(f"{number(each.rows_per_s)} rows/s", f"busy {percent(each.utilization)}", Text(name))
+        grid.add_row(f"{number(each.rows_per_s)} rows/s", f"busy {utilization(each.shares)}", Text(name))
     more = len(replicas) - MOST_REPLICAS
     lines: list[RenderableType] = [Text("replicas", style="bold"), grid, *([f"and {more:,} more"] if more > 0 else [])]
     return Group(*lines)

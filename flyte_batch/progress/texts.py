@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from flyte_batch.progress.figures import Figures, Pace
+from flyte_batch.report.answer import utilization
 from flyte_batch.report.formats import number, percent, seconds
 from flyte_batch.report.run_log import TimeShares
 
@@ -29,7 +30,7 @@ def line(figures: Figures, pace: Pace, now: float, *, is_over: bool) -> str:
     if figures.tokens and pace.elapsed(now) > 0:
         parts.append(f"{number(figures.tokens / pace.elapsed(now))} tokens/s")
     if figures.shares.total > 0:
-        parts.append(f"device busy {percent(figures.shares.utilization)}")
+        parts.append(f"device busy {utilization(figures.shares)}")
     return ", ".join(parts)
 
 

@@ -107,7 +107,7 @@ class EngineLog:
         samples: in the order of time.
         rows: answered.
         tokens: of prompts and responses.
-        on_thread: whether its calls are measured on a thread: see `ChunkDetails`.
+        is_told: whether its calls say when their device was at work: see `ChunkDetails`.
     """
 
     batcher: str
@@ -119,7 +119,7 @@ class EngineLog:
     samples: list[Sample] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
-    on_thread: bool = False
+    is_told: bool = False
 
     def add(self, life: EngineLife, most_samples: int = MOST_SAMPLES) -> None:
         """Take in what it did for a chunk."""
@@ -128,6 +128,7 @@ class EngineLog:
         self.ended = max(self.ended, life.ended)
         self.rows += life.rows
         self.tokens += life.tokens
+        self.is_told |= life.is_told
         for sample in life.samples:
             at = bisect.bisect_left(self.samples, sample.at, key=lambda known: known.at)
             if at == len(self.samples) or self.samples[at].at != sample.at:
@@ -148,7 +149,7 @@ class TimeShares:
         blocked: the device was free, and the event loop was held up: it had not heard yet that a batch was done, or
             stood still.
         tail: the engine's last chunk was done, and the run went on elsewhere, or was being committed.
-        stood: those of ``busy`` in which the event loop stood still, of engines that answer on it.
+        stood: those of ``busy`` in which the event loop stood still, of engines that do not say when they were at work.
         doubtful: those of ``stood`` in which other code than the engine's held the loop: the engine, of whose end
             nobody heard, and which got nothing new, may have stood still, too.
     """
@@ -307,7 +308,6 @@ class RunLog:
                     life.started,
                     life.loaded,
                     life.ended,
-                    on_thread=life.on_thread,
                 ),
             )
             engine.add(life, max(FEWEST_SAMPLES, min(MOST_SAMPLES, MOST_SAMPLES_OF_ALL // len(self.engines))))
@@ -452,17 +452,17 @@ def _with_numbers(histogram: Mapping[str, int]) -> dict[float, int]:
 def _between(engine: EngineLog, before: Sample, after: Sample, stalls: list[Stall]) -> TimeShares:
     """Where an engine's seconds between two of its samples went."""
     starved, assembling = after.starved_s - before.starved_s, after.assembling_s - before.assembling_s
-    busy, idle = after.busy_s - before.busy_s, starved + assembling
+    busy, late, idle = after.busy_s - before.busy_s, after.late_s - before.late_s, starved + assembling
     own = _stood(before, after, (each for each in stalls if _is_own(engine, each)))
     stood = _stood(before, after, stalls)
-    held = min(stood, idle)
+    held = min(max(0.0, stood - late), idle)
     left = 1 - held / idle if idle > 0 else 0.0
-    at_work = 0.0 if engine.on_thread else max(0.0, min(stood - held, busy))
+    at_work = 0.0 if engine.is_told else max(0.0, min(stood - held, busy))
     return TimeShares(
         busy=busy,
         starved=starved * left,
         assembling=assembling * left,
-        blocked=after.late_s - before.late_s + held,
+        blocked=late + held,
         stood=at_work,
         doubtful=max(0.0, at_work - own),
     )

@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flyte_batch.batching import BatchStats
 from flyte_batch.batching.stats import Meter
@@ -25,6 +27,87 @@ def test_each_second_belongs_to_one_phase_and_the_running_one_counts():
     assert (stats.starved_time_s, stats.assembling_time_s, stats.busy_time_s) == (1, 2, 6)
     assert stats.idle_time_s == 3
     assert stats.utilization == pytest.approx(6 / 9)
+
+
+def test_a_call_that_says_when_the_device_was_at_work_on_it_is_not_busy_before_and_after():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.enter("starved")
+    clock.now = 1
+    call = meter.launched()
+    clock.now = 10
+    assert meter.snapshot(queued=0).busy_time_s == 9  # nobody knows better yet
+    assert not meter.is_told
+    call.told.worked(3, 5)
+    meter.landed(call)
+    meter.enter("starved")
+    clock.now = 11
+    stats = meter.snapshot(queued=0)
+    assert (stats.starved_time_s, stats.late_time_s, stats.busy_time_s) == (2, 7, 2)
+    assert meter.is_told
+
+
+def test_times_that_can_not_be_by_the_meters_clock_are_not_believed():
+    for began, ended in ((0, 5), (3, 11), (5, 3)):
+        clock = Clock()
+        meter = Meter(clock)
+        clock.now = 1
+        call = meter.launched()
+        clock.now = 10
+        call.told.worked(began, ended)
+        meter.landed(call)
+        meter.enter("starved")
+        stats = meter.snapshot(queued=0)
+        assert (stats.busy_time_s, stats.late_time_s, meter.is_told) == (9, 0, False)
+
+
+def test_a_call_that_never_comes_back_does_not_keep_all_that_follow():
+    clock = Clock()
+    meter = Meter(clock)
+    meter.launched()
+    for _ in range(200_000):
+        clock.now += 1
+        meter.landed(meter.launched())
+    assert len(meter._calls) <= 100_000
+    stats = meter.snapshot(queued=0)
+    assert (stats.busy_time_s, stats.late_time_s) == (200_000, 0)
+
+
+LATER = st.integers(0, 5)
+
+
+@given(calls=st.lists(st.tuples(LATER, LATER, LATER, LATER, st.booleans()), max_size=12))
+def test_busy_is_the_time_with_a_call_at_work_and_no_other(calls: list[tuple[int, int, int, int, bool]]):
+    """Of calls that overlap as they like, heard of whenever the loop has time, some of which say nothing."""
+    clock = Clock()
+    meter = Meter(clock)
+    meter.enter("starved")
+    at = began = 0
+    events: list[tuple[int, int, int]] = []  # when, 0 to launch or 1 to land, which
+    spells: list[tuple[int, int, bool]] = []
+    for number, (gap, until_begun, work, until_heard, says) in enumerate(calls):
+        at = at + gap if says else max(at + gap, began)  # devices begin in order, and those that say nothing at once
+        began = max(began, at + until_begun)
+        ended = began + work
+        events += [(at, 0, number), (ended + until_heard, 1, number)]
+        spells.append((began, ended, True) if says else (at, ended + until_heard, False))
+    under_way = {}
+    for when, lands, number in sorted(events):
+        clock.now = when
+        if not lands:
+            under_way[number] = meter.launched()
+        else:
+            call = under_way.pop(number)
+            began, ended, says = spells[number]
+            if says:
+                call.told.worked(began, ended)
+            meter.landed(call)
+            if not under_way:
+                meter.enter("starved")
+    stats = meter.snapshot(queued=0)
+    seconds = {second for began, ended, _ in spells for second in range(began, ended)}
+    assert stats.busy_time_s == len(seconds)
+    assert stats.busy_time_s + stats.idle_time_s == clock.now
 
 
 def test_averages_fill_and_padding_follow_from_the_batches():

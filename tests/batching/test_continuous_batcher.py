@@ -735,6 +735,32 @@ async def test_stats_tell_how_many_records_were_in_flight_and_when_there_were_no
         assert batcher.stats.starved_time_s > starved
 
 
+class Elsewhere(fb.FakeContinuousEngine):
+    """Computes each record on a thread, which says when."""
+
+    async def generate(self, record: Any) -> fb.Completion:
+        return await asyncio.to_thread(self._compute)
+
+    def _compute(self) -> fb.Completion:
+        with fb.device_at_work():
+            time.sleep(0.05)
+        return fb.Completion("x", "stop", 1, 1)
+
+
+async def test_a_device_that_has_nothing_to_do_while_the_loop_stands_still_is_not_busy():
+    device = Elsewhere()
+    async with fb.ContinuousBatcher(device, max_in_flight=2) as batcher:
+        work = asyncio.ensure_future(batcher.map(records(device, *["w"] * 4)))
+        while not work.done():
+            await asyncio.sleep(0)
+            time.sleep(0.2)  # noqa: ASYNC251 - what is tested
+        stats = batcher.stats
+    rounds = 4 / 2
+    assert 0.05 * rounds <= stats.busy_time_s < 0.15 * rounds
+    assert stats.late_time_s > 0.1 * rounds
+    assert batcher.is_told
+
+
 async def test_an_engine_that_blocks_the_loop_is_named_and_counted(caplog):
     def blocks(_: str) -> str:
         time.sleep(0.05)

@@ -141,8 +141,20 @@ class Witness:
             self.busy_s += time.perf_counter() - started
 
 
-@pytest.mark.parametrize("rest", [0.0, 1.0], ids=["kept busy", "starved half of the time"])
-async def test_utilisation_agrees_with_a_clock_of_its_own_on_the_engines_thread(tmp_path: Path, rest: float) -> None:
+async def hold_the_loop(seconds: float) -> None:
+    """As code of a user's does that computes on it, again and again; other threads go on."""
+    while True:
+        time.sleep(seconds)  # noqa: ASYNC251 - what is tested
+        await asyncio.sleep(seconds / 10)
+
+
+@pytest.mark.parametrize(
+    ("rest", "held_s"), [(0.0, 0.0), (1.0, 0.0), (0.0, 0.4)],
+    ids=["kept busy", "starved half of the time", "held up by the event loop"],
+)  # fmt: skip
+async def test_utilisation_agrees_with_a_clock_of_its_own_on_the_engines_thread(
+    tmp_path: Path, rest: float, held_s: float
+) -> None:
     witnesses: list[Witness] = []
 
     @fb.singleton
@@ -162,12 +174,18 @@ async def test_utilisation_agrees_with_a_clock_of_its_own_on_the_engines_thread(
 
     source = write_jsonl(tmp_path / "in.jsonl", [{"question": each.question} for each in generate(1600, seed=9)])
     concurrency = 1 if rest else 4
+    holding = asyncio.create_task(hold_the_loop(held_s)) if held_s else None
     summary = await fb.run(source, str(tmp_path / "out"), infer_chunk, chunk_size=200, concurrency=concurrency)
+    if holding is not None:
+        holding.cancel()
     (log,) = logs_from_json((tmp_path / "out" / "_report.json").read_bytes())
     wall = log.ended - log.engines[next(iter(log.engines))].started
     seen = spans[-1][1] + rest * (spans[-1][1] - spans[-1][0]) - spans[0][0]
     assert wall == pytest.approx(seen, rel=0.1, abs=0.1)
     measured = witnesses[0].busy_s / wall
     assert abs(summary.utilization - measured) < 0.02, (summary.utilization, measured, log.time_shares())
+    assert not log.time_shares().is_upper_bound
     if rest:
         assert measured < 0.6
+    if held_s:
+        assert log.time_shares().blocked > 0.1 * wall

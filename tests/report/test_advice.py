@@ -122,7 +122,7 @@ def test_an_engine_that_computes_on_the_loop_is_busy_and_told_to_be_in_the_way()
 def test_an_engine_on_a_thread_is_busy_whatever_the_loop_does() -> None:
     log = with_stalls(make_log(busy=96, starved=0, assembling=0, late=0, replicas=1), ("parse (mine.py:9)", 8.0))
     for engine in log.engines.values():
-        engine.on_thread = True
+        engine.is_told = True
     assert titles(log) == []
 
 

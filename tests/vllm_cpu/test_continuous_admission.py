@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
+
+import pytest
 
 import flyte_batch as fb
 from flyte_batch.demo.problems import generate, is_right
@@ -131,3 +134,22 @@ async def test_cancelled_records_leave_nothing_unfinished_in_vllm(variant: Varia
     stats = batcher.stats
     assert (stats.running, stats.queued) == (0, 0)
     assert stats.total_submitted == stats.total_completed + stats.total_abandoned
+
+
+@pytest.mark.parametrize("kind", [fb.ContinuousBatcher, fb.EngineBatcher])
+async def test_vllms_core_is_not_busy_because_the_event_loop_stands_still(variant: Variant, kind: Any) -> None:
+    engine = variant(LONG)
+    records = [replace(r, prompt=replace(r.prompt, limit=30)) for r in heavy_tailed(engine, 8)]
+    free = kind(engine)
+    await served(free, records)
+    undisturbed_s = free.stats.busy_time_s
+    held_s = 1 + 4 * undisturbed_s
+    batcher = kind(engine)
+    call = asyncio.create_task(served(batcher, records))
+    while engine._engine.output_processor.get_num_unfinished_requests() < len(records):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    time.sleep(held_s)  # noqa: ASYNC251 - what is tested
+    await call
+    assert batcher.is_told
+    assert batcher.stats.busy_time_s < held_s / 2
+    assert batcher.stats.late_time_s > held_s / 4
