@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import logging
+import sys
 import threading
 import time
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from stepping import NEVER_S, Device, settle, soon, until
 
-from flyte_batch.batching import BatchStats, DynamicBatcher, TokenBatcher
+from flyte_batch.batching import BatchStats, DynamicBatcher, TokenBatcher, processing
 from flyte_batch.errors import BadInput, BatcherError, QueueFull
 from flyte_batch.records import Prompt
 
@@ -768,3 +769,35 @@ async def test_where_no_full_batch_waits_those_with_results_may_fill_it():
 
         assert await asyncio.gather(one_more, again()) == [2, 3]
     assert sizes == [2, 2]
+
+
+async def test_the_device_goes_first_where_much_waits_for_the_event_loop(monkeypatch):
+    """A batch's thread needs the interpreter's lock to begin, which whoever computes on the loop holds meanwhile."""
+    monkeypatch.setattr(processing, "_BEGIN_S", 5)  # no matter what else the machine does
+    began = threading.Event()
+    seen: list[bool] = []
+
+    def process(batch: list[str]) -> list[str]:
+        began.set()
+        return batch
+
+    def compute() -> None:
+        assert batcher.stats.running == 1
+        until = time.monotonic() + 0.2
+        while time.monotonic() < until:
+            pass
+        seen.append(began.is_set())
+
+    async with DynamicBatcher(process, max_batch_size=1) as batcher:
+        await (await batcher.submit("the thread is there"))
+        began.clear()
+        await settle()
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(10)  # nobody has to give the lock away before
+        try:
+            future = await batcher.submit("a")
+            asyncio.get_running_loop().call_soon(compute)
+            await future
+        finally:
+            sys.setswitchinterval(interval)
+    assert seen == [True]
