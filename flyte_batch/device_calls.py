@@ -14,18 +14,25 @@ from collections.abc import Iterator
 
 
 class DeviceCall:
-    """One call of a ``process_fn``, or of an engine's ``generate``, as its batcher made it.
+    """One call of a ``process_fn``, or of an engine's ``generate``, that a batcher made.
+
+    Args:
+        made: when, on ``time.monotonic``'s clock.
 
     Attributes:
-        began: when the device began with it, on ``time.monotonic``'s clock; None if nobody said.
+        made: when it was made.
+        began: when the device began with it; None if nobody said.
         ended: when it was done; None if nobody said.
+        spell: when the device began with it and was done, as far as is known once it is back; None until then.
     """
 
-    __slots__ = ("began", "ended")
+    __slots__ = ("began", "ended", "made", "spell")
 
-    def __init__(self) -> None:
+    def __init__(self, made: float) -> None:
+        self.made = made
         self.began: float | None = None
         self.ended: float | None = None
+        self.spell: tuple[float, float] | None = None
 
     def worked(self, began: float, ended: float) -> None:
         """From the first beginning that was said to the last end."""

@@ -280,7 +280,6 @@ class Batcher(abc.ABC, Generic[RecordT, ResultT]):
         level = logging.ERROR if lost else logging.DEBUG
         logger.log(level, "%s died: %s: %s", type(self).__name__, type(cause).__name__, cause)
         self._meter.enter("off")
-        self._meter.on_device(0)
         pending = (*on_device, self._backlog.take_all())
         if lost and hooks.is_anybody_listening():
             self._teller.tell()

@@ -197,12 +197,11 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
                 continue
             if hooks.is_anybody_listening():
                 self._teller.formed(len(batch), batch.cost, self._fill(batch), len(self._backlog))
-            call = self._meter.launched()
-            self._meter.on_device(len(batch))
+            call = self._meter.launched(len(batch))
             started_at = time.time()
             self._teller.tell_soon()  # of the half before
-            outcome = await self._processor.call(batch.records, call.told)
-            self._meter.landed(call)
+            outcome = await self._processor.call(batch.records, call)
+            self._meter.landed(call, 0)
             self._meter.enter("late")
             self._count(batch)
             if isinstance(outcome, list):
@@ -286,7 +285,6 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
         return max(batch.cost / self._target_batch_cost, len(batch) / self._max_batch_size)
 
     def _count(self, batch: Batch[RecordT, ResultT]) -> None:
-        self._meter.on_device(0)
         self._meter.loop_blocked_s = self._processor.watch.blocked_s
         self._meter.batch_finished(
             records=len(batch),

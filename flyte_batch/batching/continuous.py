@@ -22,8 +22,7 @@ from flyte_batch.batching.engine_batcher import EngineOwner
 from flyte_batch.batching.lanes import MapLane, ResultFuture, SubmitLane
 from flyte_batch.batching.packing import Backlog, Batch
 from flyte_batch.batching.processing import LoopWatch, is_async, is_out_of_memory, name_of
-from flyte_batch.batching.stats import Call
-from flyte_batch.device_calls import current_call
+from flyte_batch.device_calls import DeviceCall, current_call
 from flyte_batch.engines.base import ContinuousEngine
 from flyte_batch.errors import EngineDead
 from flyte_batch.monitoring import hooks
@@ -51,7 +50,7 @@ class _Flight(Generic[RecordT]):
         "batch", "beside", "budget_before", "call", "cost", "generation", "owner", "started_at", "task", "unwanted",
     )  # fmt: skip
 
-    call: Call  # the last one made with it
+    call: DeviceCall  # the last one made with it
 
     def __init__(self, owner: ContinuousBatcher[RecordT], batch: Batch[RecordT, Completion]) -> None:
         self.owner = owner
@@ -259,8 +258,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         flight.started_at = time.time()
         if hooks.is_anybody_listening():
             self._teller.admitted(flight.cost, self._fullness(), len(self._backlog), flight.started_at)
-        self._meter.on_device(len(self._flights))
-        flight.call = self._meter.launched()
+        flight.call = self._meter.launched(len(self._flights))
         # In its caller's context, so that what the engine logs and traces is the caller's.
         # On the batcher's loop: room may be made while it does not run, by a caller who gives up.
         flight.task = self._loop.create_task(self._generate(flight), context=lane.context.copy())
@@ -273,7 +271,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
 
     async def _generate(self, flight: _Flight[RecordT]) -> Completion:
         call_under_way.set(self._call_under_way)
-        current_call.set(flight.call.told)
+        current_call.set(flight.call)
         return await self._watch.over(self.engine.generate(flight.record))
 
     def _landed(self, flight: _Flight[RecordT], task: asyncio.Task[Completion]) -> None:
@@ -285,8 +283,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         del self._flights[flight]
         # Sums of floats drift; nothing in flight costs nothing.
         self._cost = self._cost - flight.cost if self._flights else 0
-        self._meter.on_device(len(self._flights))
-        self._meter.landed(flight.call)
+        self._meter.landed(flight.call, len(self._flights))
         self._meter.loop_blocked_s = self._watch.blocked_s
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:
@@ -381,7 +378,6 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         super()._release()
         self._flights.clear()
         self._cost = 0
-        self._meter.on_device(0)
 
     def _take_back(self) -> list[Batch[RecordT, Completion]]:
         flights = [*self._flights, *self._turned_away]

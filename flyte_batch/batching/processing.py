@@ -160,16 +160,16 @@ class Processor(Generic[RecordT, ResultT]):
         self._on_loop = is_async(fn)
         self._thread: ThreadPoolExecutor | None = None
 
-    async def call(self, records: list[RecordT], told: DeviceCall) -> list[ResultT] | BaseException:
+    async def call(self, records: list[RecordT], device_call: DeviceCall) -> list[ResultT] | BaseException:
         """The results, or what was raised instead. It raises only if the calling task itself is cancelled.
 
         Args:
             records: the batch.
-            told: hears when the device is at work on it: on a thread the function is the device's work, unless it says
-                more itself.
+            device_call: hears when the device is at work on it. On a thread that is the whole function, unless that
+                says more itself.
         """
         task = asyncio.current_task()
-        current_call.set(told)
+        current_call.set(device_call)
         try:
             answer: Any
             if self._on_loop:
@@ -177,8 +177,8 @@ class Processor(Generic[RecordT, ResultT]):
             else:
                 # Errors of the thread travel as values too: a future, or a coroutine, would mistake StopIteration.
                 answer, error, began, ended = await self._in_thread(records)
-                if told.ended is None and not inspect.isawaitable(answer):
-                    told.worked(began, ended)
+                if device_call.ended is None and not inspect.isawaitable(answer):
+                    device_call.worked(began, ended)
                 if error is not None:
                     return error
             if inspect.isawaitable(answer):

@@ -129,23 +129,6 @@ _MOST_CALLS = 100_000
 """Calls that wait for an earlier one to come back, beyond which that one is taken to have kept the device at work."""
 
 
-class Call:
-    """A call that keeps the device at work.
-
-    Attributes:
-        told: what it says of that itself.
-        began: when the device began with it, on the meter's clock, as far as is known.
-        ended: when it was done; None until the call is back.
-    """
-
-    __slots__ = ("began", "ended", "told")
-
-    def __init__(self, began: float) -> None:
-        self.told = DeviceCall()
-        self.began = began
-        self.ended: float | None = None
-
-
 class Meter:
     """Collects what a batcher reports; every second belongs to exactly one phase.
 
@@ -168,7 +151,7 @@ class Meter:
         self._phases: tuple[Phase, float, dict[Phase, float]] = "off", clock(), dict.fromkeys(get_args(Phase), 0.0)
         self._on_device: tuple[int, float, float] = 0, clock(), 0.0
         self.is_told = False
-        self._calls: deque[Call] = deque()  # from the first that is not back
+        self._calls: deque[DeviceCall] = deque()  # from the first that is not back
         self._worked_until = 0.0  # by calls before these
 
     @property
@@ -176,52 +159,55 @@ class Meter:
         return self._phases[0]
 
     def enter(self, phase: Phase) -> None:
-        """From now on the time is ``phase``'s."""
+        """From now on the time is ``phase``'s; off, nothing is on the device."""
         before, since, seconds = self._phases
         now = self._clock()
         self._phases = phase, now, {**seconds, before: seconds[before] + now - since}
         if phase == "off":
             self._calls.clear()
+            self._count_on_device(0, now)
 
-    def launched(self) -> Call:
-        """A call is made: the device is busy from now on."""
+    def launched(self, on_device: int) -> DeviceCall:
+        """A call is made, and so many records are on the device from now on: it is busy."""
         now = self._clock()
         if not self._calls:
             self._worked_until = now
         if self.phase != "busy":
             self.enter("busy")
-        call = Call(now)
+        call = DeviceCall(now)
         self._calls.append(call)
         if len(self._calls) > _MOST_CALLS:
             self._calls.popleft()
             self._worked_until = now
+        self._count_on_device(on_device, now)
         return call
 
-    def landed(self, call: Call) -> None:
-        """A call is back. Seconds in which, as it turns out, the device was at work on none were late, not busy.
+    def landed(self, call: DeviceCall, on_device: int) -> None:
+        """A call is back, and so many records are on the device from now on.
 
-        That turns out of the time before a call when it and all earlier ones are back. Calls are taken to begin in the
-        order in which they were made.
+        Seconds in which, as it turns out, the device was at work on no call were late, not busy. That turns out of the
+        time before a call when it and all earlier ones are back. Calls are taken to begin in the order in which they
+        were made.
         """
         now = self._clock()
-        began, ended = call.told.began, call.told.ended
-        call.ended = now
-        if began is not None and ended is not None and call.began <= began <= ended <= now:  # else by another clock
-            self.is_told = True
-            call.began, call.ended = began, ended
-        free = 0.0
-        while self._calls and (ended := self._calls[0].ended) is not None:
-            free += max(0.0, self._calls.popleft().began - self._worked_until)
-            self._worked_until = max(self._worked_until, ended)
-        if not self._calls:
-            free += now - self._worked_until
+        call.spell = call.made, now
+        if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
+            self.is_told = True  # else by another clock
+            call.spell = call.began, call.ended
+        calls, until, free = self._calls, self._worked_until, 0.0
+        while calls and (spell := calls[0].spell) is not None:
+            calls.popleft()
+            free += max(0.0, spell[0] - until)
+            until = max(until, spell[1])
+        if not calls:
+            free += now - until
+        self._worked_until = until
         if free:
             phase, since, seconds = self._phases
             self._phases = phase, since, {**seconds, "busy": seconds["busy"] - free, "late": seconds["late"] + free}
+        self._count_on_device(on_device, now)
 
-    def on_device(self, records: int) -> None:
-        """From now on so many records are on the device."""
-        now = self._clock()
+    def _count_on_device(self, records: int, now: float) -> None:
         running, since, record_seconds = self._on_device
         self._on_device = records, now, record_seconds + running * (now - since)
 

@@ -34,12 +34,12 @@ def test_a_call_that_says_when_the_device_was_at_work_on_it_is_not_busy_before_a
     meter = Meter(clock)
     meter.enter("starved")
     clock.now = 1
-    call = meter.launched()
+    call = meter.launched(1)
     clock.now = 10
     assert meter.snapshot(queued=0).busy_time_s == 9  # nobody knows better yet
     assert not meter.is_told
-    call.told.worked(3, 5)
-    meter.landed(call)
+    call.worked(3, 5)
+    meter.landed(call, 0)
     meter.enter("starved")
     clock.now = 11
     stats = meter.snapshot(queued=0)
@@ -52,10 +52,10 @@ def test_times_that_can_not_be_by_the_meters_clock_are_not_believed():
         clock = Clock()
         meter = Meter(clock)
         clock.now = 1
-        call = meter.launched()
+        call = meter.launched(1)
         clock.now = 10
-        call.told.worked(began, ended)
-        meter.landed(call)
+        call.worked(began, ended)
+        meter.landed(call, 0)
         meter.enter("starved")
         stats = meter.snapshot(queued=0)
         assert (stats.busy_time_s, stats.late_time_s, meter.is_told) == (9, 0, False)
@@ -64,10 +64,10 @@ def test_times_that_can_not_be_by_the_meters_clock_are_not_believed():
 def test_a_call_that_never_comes_back_does_not_keep_all_that_follow():
     clock = Clock()
     meter = Meter(clock)
-    meter.launched()
+    meter.launched(1)
     for _ in range(200_000):
         clock.now += 1
-        meter.landed(meter.launched())
+        meter.landed(meter.launched(2), 1)
     assert len(meter._calls) <= 100_000
     stats = meter.snapshot(queued=0)
     assert (stats.busy_time_s, stats.late_time_s) == (200_000, 0)
@@ -95,13 +95,13 @@ def test_busy_is_the_time_with_a_call_at_work_and_no_other(calls: list[tuple[int
     for when, lands, number in sorted(events):
         clock.now = when
         if not lands:
-            under_way[number] = meter.launched()
+            under_way[number] = meter.launched(1)
         else:
             call = under_way.pop(number)
             began, ended, says = spells[number]
             if says:
-                call.told.worked(began, ended)
-            meter.landed(call)
+                call.worked(began, ended)
+            meter.landed(call, 0)
             if not under_way:
                 meter.enter("starved")
     stats = meter.snapshot(queued=0)
