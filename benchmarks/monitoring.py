@@ -54,6 +54,7 @@ BATCH = 256
 STEP_RECORDS = 100
 COUNT = struct.Struct("=I")
 CALLERS = 8
+WARM_UP_S = 0.3
 
 
 class NowhereExporter(SpanExporter):
@@ -229,7 +230,7 @@ async def measured(way: Way, backends: list[Any], seconds: float) -> tuple[float
         async with make() as batcher:
             block = [batcher.engine.prepare(fb.Prompt("x")) if hasattr(batcher, "engine") else 0] * 2 * BATCH
 
-            async def caller(number: int) -> int:
+            async def caller(number: int) -> None:
                 scope = new_scope(f"chunk{number}", number)
                 with ExitStack() as mine:
                     if "recorder" in backends:
@@ -237,13 +238,18 @@ async def measured(way: Way, backends: list[Any], seconds: float) -> tuple[float
                         mine.enter_context(recorder.sampling(batcher))
                     hooks.emit(events.ChunkStarted(time.time(), scope, 1))
                     mine.enter_context(scope_entered(scope))
-                    done = await work(batcher, deadline, block)
+                    done = await work(batcher, time.monotonic() + WARM_UP_S + seconds, block)
                     hooks.emit(events.ChunkDone(time.time(), scope, done, 0, done, done, seconds))
-                    return done
 
-            started, cpu, deadline = time.monotonic(), time.process_time(), time.monotonic() + seconds
-            done = sum(await asyncio.gather(*map(caller, range(CALLERS))))
-            took, cpu = time.monotonic() - started, time.process_time() - cpu
+            def now() -> tuple[float, float, int]:
+                return time.monotonic(), time.process_time(), batcher.stats.total_completed
+
+            callers = asyncio.gather(*map(caller, range(CALLERS)))
+            await asyncio.sleep(WARM_UP_S)
+            before = now()
+            await asyncio.sleep(seconds)
+            took, cpu, done = (late - early for early, late in zip(before, now(), strict=True))
+            await callers
     gc.collect()
     return done / took, 1e6 * cpu / done
 

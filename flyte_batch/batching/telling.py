@@ -18,23 +18,25 @@ from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope, Share
 
 TELL_AFTER_S = 0.002
-"""Long enough for the thread of a batch to have begun, which needs the interpreter's lock for that; also how far apart
-records may have come back that are told of together, and so how wrong a latency can be."""
+"""Long enough for the next batch, and those who wait for the last one, to be on their way."""
+TOGETHER_S = 0.02
+"""How far apart records may have come back, one by one, that are told of together: each time costs hooks something."""
+AT_ONCE_S = 0.001
+"""Those so close to each other came back at the same time; so wrong can a latency be."""
 
 
 class _Tally:
     """One caller's records that got their outcome."""
 
-    __slots__ = ("arrivals", "cost", "failed", "lost", "records")
+    __slots__ = ("cost", "failed", "latencies", "lost", "records")
 
     def __init__(self) -> None:
         self.records = self.failed = self.lost = 0
         self.cost = 0.0
-        self.arrivals: dict[float, int] = {}
+        self.latencies: dict[float, int] = {}
 
-    def share(self, scope: Scope, now: float) -> Share:
-        latencies = tuple([(now - arrival, records) for arrival, records in self.arrivals.items()])
-        return Share(scope, self.records, self.failed, self.cost, latencies, self.lost)
+    def share(self, scope: Scope) -> Share:
+        return Share(scope, self.records, self.failed, self.cost, tuple(self.latencies.items()), self.lost)
 
 
 class _CameBack:
@@ -49,7 +51,7 @@ class _CameBack:
         records: how many.
         cost: as the batcher's budget sees it.
         out_of_memory: whether it did not fit.
-        batches: what got its outcome, with which errors (None where nothing failed), and whether these are lost.
+        batches: what got its outcome, when, with which errors (None where nothing failed), and whether these are lost.
     """
 
     __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "since", "started_at")
@@ -62,12 +64,12 @@ class _CameBack:
         self.records = 0
         self.cost = 0.0
         self.out_of_memory = out_of_memory
-        self.batches: list[tuple[Batch[Any, Any], Sequence[object] | None, bool]] = []
+        self.batches: list[tuple[Batch[Any, Any], float, Sequence[object] | None, bool]] = []
 
     def shares(self) -> tuple[Share, ...]:
         """Whose records they were."""
         tallies: dict[Scope, _Tally] = {}
-        for batch, outcomes, lost in self.batches:
+        for batch, now, outcomes, lost in self.batches:
             start = 0
             costs, arrivals = batch.costs, batch.arrivals
             for lane, tickets in batch.parts:
@@ -78,17 +80,17 @@ class _CameBack:
                     tally = tallies[scope] = _Tally()
                 end = start + len(tickets)
                 tally.records += end - start
-                counts = tally.arrivals
+                counts = tally.latencies
                 for index in range(start, end):
                     tally.cost += costs[index]
-                    arrival = arrivals[index]
-                    counts[arrival] = counts.get(arrival, 0) + 1
+                    latency = now - arrivals[index]
+                    counts[latency] = counts.get(latency, 0) + 1
                 if outcomes is not None:
                     failed = sum(isinstance(outcome, BaseException) for outcome in outcomes[start:end])
                     tally.failed += failed
                     tally.lost += failed if lost else 0
                 start = end
-        return tuple([tally.share(scope, self.now) for scope, tally in tallies.items()])
+        return tuple([tally.share(scope) for scope, tally in tallies.items()])
 
 
 class Teller:
@@ -136,7 +138,7 @@ class Teller:
         """A record goes to the device by itself; told with those that follow, as full as the last of them made it."""
         if not self._admitted:
             self._admitted_at = at
-            self._set_timer()
+            self._set_timer(TOGETHER_S)
         self._admitted += 1
         self._admitted_cost += cost
         self._admitted_fill = fill
@@ -169,7 +171,7 @@ class Teller:
         back = _CameBack(now, started_at, fill, out_of_memory)
         back.records, back.cost = len(batch), batch.cost
         if outcomes is not None:
-            back.batches.append((batch, outcomes if failures else None, lost))
+            back.batches.append((batch, now, outcomes if failures else None, lost))
         self._untold.append(back)
 
     def landed(
@@ -185,26 +187,27 @@ class Teller:
     ) -> None:
         """A record came back by itself; told with those that come at the same time. See `came_back`."""
         back = self._together
-        if back is None or now - back.since > TELL_AFTER_S:
+        if back is None or now - back.since > TOGETHER_S:
             back = self._together = _CameBack(now, started_at, fill)
             self._untold.append(back)
-            self._set_timer()
+            self._set_timer(TOGETHER_S)
         else:
-            back.at += now - back.now
-            back.now = now
+            if now - back.now > AT_ONCE_S:
+                back.at += now - back.now
+                back.now = now
             back.started_at = min(started_at, back.started_at)
         back.records += 1
         back.cost += cost
-        back.batches.append((batch, None if error is None else (error,), lost))
+        back.batches.append((batch, back.now, None if error is None else (error,), lost))
 
     def tell_soon(self) -> None:
         """Tell of all that came back, a moment from now."""
         if self._untold:
-            self._set_timer()
+            self._set_timer(TELL_AFTER_S)
 
-    def _set_timer(self) -> None:
+    def _set_timer(self, seconds: float) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(TELL_AFTER_S, self._tell, context=self._context)
+            self._timer = self.loop.call_later(seconds, self._tell, context=self._context)
 
     def tell(self) -> None:
         """Tell of all that came back so far, whoever calls this."""
@@ -230,7 +233,7 @@ class Teller:
             hooks.emit(events.RecordsSubmitted(self._submitted_at, self._batcher, scope, *counts))
 
     def _tell_of(self, back: _CameBack) -> None:
-        for batch, outcomes, lost in back.batches:
+        for batch, _, outcomes, lost in back.batches:
             if outcomes is not None and not lost:
                 self._tell_failures(batch, outcomes, back.at)
         shares = back.shares()
