@@ -20,6 +20,10 @@ from flyte_batch.report.answer import utilization
 from flyte_batch.report.formats import number, seconds
 
 MOST_REPLICAS = 4
+NARROW = 40
+"""Columns; with fewer there is no room for labels beside what they name."""
+SHORTEST_NAME = 12
+"""Characters of a replica's name that are worth a place beside its figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +46,42 @@ class Moment:
 
 
 def frame(moment: Moment, width: int) -> RenderableType:
-    """The view, for a terminal of so many columns."""
+    """The view, for a terminal of so many columns; lines that are too long for it are broken between words."""
+    rows, facts, replicas = texts.rows(moment.figures), _facts(moment), moment.figures.replicas
+    lines: list[RenderableType] = []
+    if width < NARROW:
+        facts.insert(0, ("rows", Text(rows.replace("/", " of "))))
+        lines += [Text.assemble((label, "bold"), " ", text) for label, text in facts]
+    else:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row("rows", _bar(moment.figures, rows, width))
+        for label, text in facts:
+            grid.add_row(label, text)
+        lines.append(grid)
+    return Group(*lines, *([_replicas(replicas, width)] if replicas else []))
+
+
+def _facts(moment: Moment) -> list[tuple[str, Text]]:
+    """What the view says below the rows, each line with its label."""
     figures, pace, now = moment.figures, moment.pace, moment.now
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row("rows", _bar(figures, width))
-    grid.add_row("speed", _speed(figures, pace, now))
-    grid.add_row("time", _time(moment))
+    facts = [("speed", Text(_speed(figures, pace, now))), ("time", Text(_time(moment)))]
     if figures.shares.total > 0:
         where = texts.idle(figures.shares)
-        grid.add_row("devices", f"busy {utilization(figures.shares)}" + (f"; {where}" if where else ""))
+        facts.append(("devices", Text(f"busy {utilization(figures.shares)}" + (f"; {where}" if where else ""))))
     if not moment.is_over and (moment.queues is not None or figures.replicas):
         queued, running = moment.queues or (figures.queued, figures.running)
-        grid.add_row("queue", f"{queued:,} waiting, {running:,} on the devices")
-    grid.add_row("failures", Text(texts.failures(figures), style="red" if figures.failures else ""))
+        facts.append(("queue", Text(f"{queued:,} waiting, {running:,} on the devices")))
+    facts.append(("failures", Text(texts.failures(figures), style="red" if figures.failures else "")))
     if figures.chunks_failed:
-        grid.add_row("chunks", Text(f"{figures.chunks_failed:,} calls failed", style="red"))
+        facts.append(("chunks", Text(f"{figures.chunks_failed:,} calls failed", style="red")))
     if figures.engine_deaths:
-        grid.add_row("engines", Text(f"{figures.engine_deaths:,} died", style="red"))
-    if not figures.replicas:
-        return grid
-    return Group(grid, _replicas(figures.replicas, width))
+        facts.append(("engines", Text(f"{figures.engine_deaths:,} died", style="red")))
+    return facts
 
 
-def _bar(figures: Figures, width: int) -> RenderableType:
-    text = texts.rows(figures)
+def _bar(figures: Figures, text: str, width: int) -> RenderableType:
     row = Table.grid(padding=(0, 2, 0, 0))
     bar = ProgressBar(max(1, figures.total), figures.done, width=min(40, width - len(text) - 13))
     row.add_row(bar, text)
@@ -95,13 +109,26 @@ def _time(moment: Moment) -> str:
 
 
 def _replicas(replicas: Sequence[Replica], width: int) -> RenderableType:
+    shown = [
+        (f"{number(each.rows_per_s)} rows/s", f"busy {utilization(each.shares)}", f"{each.engine} {each.name}")
+        for each in replicas[:MOST_REPLICAS]
+    ]
+    room = width - max(len(rate) for rate, _, _ in shown) - max(len(busy) for _, busy, _ in shown) - 4
     grid = Table.grid(padding=(0, 2, 0, 0))
     for justify in ("right", "right", "left"):
         grid.add_column(justify=justify, no_wrap=True)
-    for each in replicas[:MOST_REPLICAS]:
-        name = texts.printable(f"{each.engine} {each.name}")
-        name = name if len(name) <= width - 30 else ".." + name[32 - width :]  # what tells pods apart is at the end
-        grid.add_row(f"{number(each.rows_per_s)} rows/s", f"busy {utilization(each.shares)}", Text(name))
+    lines: list[RenderableType] = [Text("replicas", style="bold")]
+    if room >= SHORTEST_NAME:
+        for rate, busy, name in shown:
+            grid.add_row(rate, busy, Text(_end(name, room)))
+        lines.append(grid)
+    else:
+        lines += [Text(f"{rate}, {busy}\n{_end(name, width)}") for rate, busy, name in shown]
     more = len(replicas) - MOST_REPLICAS
-    lines: list[RenderableType] = [Text("replicas", style="bold"), grid, *([f"and {more:,} more"] if more > 0 else [])]
-    return Group(*lines)
+    return Group(*lines, *([f"and {more:,} more"] if more > 0 else []))
+
+
+def _end(name: str, characters: int) -> str:
+    """At most so many of its characters, the last ones: what tells pods apart is at the end."""
+    name = texts.printable(name)
+    return name if len(name) <= characters else ".." + name[2 - characters :]

@@ -283,6 +283,31 @@ def test_it_fits_narrow_and_wide_terminals(start: Start, columns: int) -> None:
     assert max(map(len, frame)) <= min(columns, 100)
 
 
+@pytest.mark.parametrize("columns", [20, 25, 30, 35, 39, 40, 45, 55, 100])
+def test_no_number_is_cut_however_few_columns_there_are(start: Start, columns: int) -> None:
+    run = start(columns, lines=60)
+    run.do(
+        "import dataclasses",
+        "log.plan = dataclasses.replace(log.plan, rows=987_654_321, rows_reused=1_234_567)",
+        "log.rows = 123_456_589",
+        "chunk('host-1', {'BadRecord': 23_456_789, 'MissingValue': 1_111_111, 'A': 777, 'B': 2})",
+        "log.engines['host-1'].rows = 71_234_000",
+        "log.died.append('host-1')",
+        "log.chunks.append(dataclasses.replace(log.chunks[0], error='EngineDead'))",
+        "chunk('host-2', {})",
+    )
+    figures = [
+        "123,456,789", "987,654,321", "12%", "1,234,567", "6,111,111", "100", "0:00:20", "0", "63%", "27%", "10%",
+        "6,000", "14", "24,568,679", "23,456,789", "1,111,111", "777", "1", "1", "1", "7,914,889", "63%", "1", "11.1",
+        "63%", "2",
+    ]  # fmt: skip
+
+    def shown() -> list[str]:
+        return re.findall(r"\d+(?:[,.:]\d+)*%?", run.text.split("ready")[1])
+
+    run.read_until(lambda: shown() == figures, f"{figures}, in place of {shown()}")
+
+
 def test_a_low_terminal_shows_the_first_lines(start: Start) -> None:
     run = start(lines=5)
     run.do(*[f"chunk('host-{i}', {{}})" for i in range(6)])
