@@ -70,10 +70,10 @@ class LiveView:
     def stop(self) -> None:
         """Draw a last frame, give the terminal back."""
         try:
-            self._above.give_back()
             self._drawer.do(self._live.stop)
         finally:
             self._drawer.end()
+            self._above.give_back()  # not before: the last frame would be drawn over what others write meanwhile
         if self._error is not None:
             logger.warning("the view of the progress failed: it may have shown old figures", exc_info=self._error)
 

@@ -461,6 +461,39 @@ def test_ctrl_c_in_the_first_frame_gives_the_terminal_back(tmp_path: Path) -> No
     assert not terminal.screen.cursor.hidden
 
 
+ABORTED = """
+import io, sys, threading, time
+from flyte_batch.progress import RunView
+from flyte_batch.report.run_log import Plan, RunLog
+
+class Meanwhile(io.TextIOBase):
+    encoding = "utf-8"
+    other = threading.Thread(target=lambda: print("Aborted.", file=sys.stderr))
+
+    def write(self, text):
+        if "stopped" in text:
+            self.other.start()
+            while self.other.is_alive() and view._display._live._drawer._jobs.empty():
+                time.sleep(0.001)
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+
+log = RunLog("out", "source", {}, Plan(1000, 10, 100, 0, 0, 2, 1, 256, 100.0), started=1000.0)
+with RunView(log, "live", Meanwhile(), clock=lambda: 1010.0) as view:
+    pass
+Meanwhile.other.join()
+"""
+
+
+def test_what_others_write_while_the_last_frame_is_drawn_is_not_drawn_over(tmp_path: Path) -> None:
+    """Flyte's local mode writes when Ctrl-C is typed, while the driver ends on another thread."""
+    (tmp_path / "program.py").write_text(ABORTED)
+    terminal = Terminal([sys.executable, str(tmp_path / "program.py")])
+    assert terminal.end() == 0
+    lines = [line.split()[0] for line in terminal.text.splitlines() if line]
+    assert lines == ["rows", "speed", "time", "failures", "Aborted."]
+
+
 def test_the_end_of_the_interpreter_gives_the_cursor_back(start: Start) -> None:
     """In Flyte's local mode a driver runs on a thread, which Ctrl-C does not reach."""
     run = start()
@@ -526,6 +559,8 @@ def test_ctrl_c_in_a_flyte_run_gives_the_cursor_back(tmp_path: Path) -> None:
     assert terminal.end() != 0
     assert not terminal.screen.cursor.hidden
     assert re.search(r"time +0:0\d:\d\d, (stopped|cancelled)", terminal.text)
+    assert "Aborted." in terminal.text
+    assert len(re.findall("^rows ", terminal.text, re.MULTILINE)) == 1
 
 
 def test_ctrl_c_in_a_load_test_takes_its_view_away() -> None:
