@@ -52,16 +52,18 @@ class RunRecord:
     """What ``_run.json`` says: the source and the settings that the folder's parts are made from, and how it is cut.
 
     ``chunk_rows`` is for the next run: cut otherwise, it could reuse nothing. ``family`` is what the names of its parts
-    have in common (`flyte_batch.data.chunks.FAMILY_CHARS`). None before the first plan.
+    have in common (`flyte_batch.data.chunks.FAMILY_CHARS`). None before the first plan. ``retries_failures`` says that
+    parts with failed rows are to be made again, of which those are left that are no newer than the file.
     """
 
     settings: Mapping[str, object]
     source: SourceRecord
     chunk_rows: int | None = None
     family: str | None = None
+    retries_failures: bool = False
 
     def to_json(self) -> bytes:
-        plan = {"chunk_rows": self.chunk_rows, "family": self.family}
+        plan = {"chunk_rows": self.chunk_rows, "family": self.family, "retries_failures": self.retries_failures}
         return _dump({"settings": self.settings, "source": asdict(self.source), **plan})
 
 
@@ -182,6 +184,7 @@ def read_run(folder: Location) -> RunRecord | None:
             _source(content),
             rows if isinstance(rows, int) else None,
             family if isinstance(family, str) else None,
+            content.get("retries_failures") is True,
         )
     except (KeyError, TypeError) as error:
         raise _unreadable(location, error) from error

@@ -100,7 +100,7 @@ class Output:
             # Before the new record is there: a manifest must never stand beside the record of another run.
             storage.delete(location.child(MANIFEST_FILE))
         elif previous is not None:
-            run = replace(run, chunk_rows=previous.chunk_rows, family=previous.family)
+            run = replace(previous, settings=run.settings, source=run.source)
         if previous != run:
             storage.write_atomically(location.child(RUN_FILE), run.to_json())
         return cls(location, source, run)
@@ -153,16 +153,15 @@ class Output:
                 f"the output {self.location} holds {finished.rows:,} finished rows and this run has only {rows:,}, so "
                 "the others would be lost: choose another --output, or give up the others with --overwrite"
             )
-        record = self.run
+        found = self.finished(chunks)
+        done = {chunk_id: part for chunk_id, part in found.items() if not (retry_failures and part.failures)}
+        record = replace(self.run, retries_failures=len(done) < len(found))
         if chunk_rows is not None:
             record = replace(record, chunk_rows=chunk_rows)
         if chunks:
             record = replace(record, family=chunks[0].id[:FAMILY_CHARS])
-        if record != self.run:
+        if record != self.run or record.retries_failures:  # which needs the file to be newer than those parts
             storage.write_atomically(self.location.child(RUN_FILE), record.to_json())
-        done = self.finished(chunks)
-        if retry_failures:
-            done = {chunk_id: part for chunk_id, part in done.items() if not part.failures}
         if len(done) < len(chunks) or not self._is_current(chunks):
             self._withdraw_manifest()
         return done
@@ -262,6 +261,16 @@ def current_parts(record: RunRecord | None, inside: Iterable[storage.Entry]) -> 
             if chunk.startswith(family):
                 newest[first_row] = each
     return sorted(newest.values(), key=lambda entry: entry.name)
+
+
+def left_to_retry(
+    record: RunRecord | None, inside: Sequence[storage.Entry], parts: Iterable[PartInfo]
+) -> list[PartInfo]:
+    """Those of the parts in a folder that its last run was to make again for their failures, and did not so far."""
+    if record is None or not record.retries_failures:
+        return []
+    modified = {each.name: each.modified or 0.0 for each in inside}
+    return [part for part in parts if part.failures and modified[part.name] <= modified[RUN_FILE]]
 
 
 def is_part(name: str) -> bool:

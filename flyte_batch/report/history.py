@@ -18,7 +18,7 @@ from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog, logs_from_json,
 if TYPE_CHECKING:
     from flyte_batch.data.manifest import Manifest, RunRecord
     from flyte_batch.data.parts import PartInfo
-    from flyte_batch.data.storage import Location
+    from flyte_batch.data.storage import Entry, Location
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +148,23 @@ def _over(log: RunLog) -> RunLog:
 
 
 def _with_parts(log: RunLog, folder: Location) -> RunLog:
-    """The log, with the sums of the parts where these hold more rows: some may have come since it was written."""
-    parts = _parts(folder)
+    """The log, with the sums of the parts where these hold more rows: some may have come since it was written.
+
+    Parts of earlier runs that this one is to make again do not count, as they do not in the log.
+    """
+    from flyte_batch.data import storage
+    from flyte_batch.data.manifest import read_run
+    from flyte_batch.data.output import left_to_retry
+
+    run, inside = read_run(folder), storage.entries(folder)
+    parts = _parts(folder, run, inside)
+    again = left_to_retry(run, inside, parts)
+    if again:
+        logger.warning(
+            "not counted: %s of earlier runs in %s, of which %s failed, that the last run was to do again",
+            plural(sum(part.rows for part in again), "row"), folder, count(sum(part.failures for part in again)),
+        )  # fmt: skip
+        parts = [part for part in parts if part not in again]
     if not log.rows < sum(part.rows for part in parts) <= log.plan.rows:
         return log
     counted = replace(
@@ -190,14 +205,12 @@ def _is_finished(folder: Location) -> bool:
     return True
 
 
-def _parts(folder: Location) -> list[PartInfo]:
+def _parts(folder: Location, run: RunRecord | None, inside: Sequence[Entry]) -> list[PartInfo]:
     """What the parts of the last run in a folder say of themselves; those that can't be read are a warning."""
-    from flyte_batch.data import storage
-    from flyte_batch.data.manifest import read_run
     from flyte_batch.data.output import current_parts
     from flyte_batch.data.parts import read_part_info
 
-    names = current_parts(read_run(folder), storage.entries(folder))
+    names = current_parts(run, inside)
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
         infos = list(threads.map(lambda entry: read_part_info(entry.location), names))
     broken = [entry.name for entry, info in zip(names, infos, strict=True) if info is None]
@@ -216,6 +229,7 @@ def log_of_parts(folder: Location) -> RunLog:
         BadInput: the folder is no output, or may not be read.
         OSError: the storage can't be read for now.
     """
+    from flyte_batch.data import storage
     from flyte_batch.data.manifest import read_manifest, read_run
 
     run, manifest = read_run(folder), read_manifest(folder)
@@ -223,7 +237,7 @@ def log_of_parts(folder: Location) -> RunLog:
         _is_finished(folder)
         parts = list(manifest.parts)
     else:
-        parts = _parts(folder)
+        parts = _parts(folder, run, storage.entries(folder))
     record = run or manifest
     if record is None and not parts:
         raise BadInput(

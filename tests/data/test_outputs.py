@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from flyte_batch.data import storage
 from flyte_batch.data.chunks import Chunk, plan_chunks, read_chunk
-from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE, Manifest
-from flyte_batch.data.output import STALE_AFTER_S, Output, iter_output, read_output
-from flyte_batch.data.parts import PartInfo, write_part
+from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE, Manifest, read_run
+from flyte_batch.data.output import STALE_AFTER_S, Output, iter_output, left_to_retry, read_output
+from flyte_batch.data.parts import PartInfo, read_part_info, write_part
 from flyte_batch.data.sources import open_source
-from flyte_batch.errors import BadInput, ChunkFailed, RunError
+from flyte_batch.errors import BadInput, BadRecord, ChunkFailed, RunError
 from flyte_batch.records import Completion
 
 Infer = Callable[[Chunk], PartInfo]
@@ -357,6 +357,42 @@ def test_a_small_file_that_is_not_ours_is_refused_and_not_overwritten(
     (folder / name).write_text(content)
     assert name in complaint(source, folder)
     assert (folder / name).read_text() == content
+
+
+def test_parts_with_failures_are_left_to_retry_until_they_are_made_again_or_nobody_retries_any_more(
+    source: Path, folder: Path, infer: Infer
+) -> None:
+    def left() -> list[int]:
+        location = storage.locate(str(folder))
+        parts = [info for chunk in chunks if (info := read_part_info(location.child(chunk.part))) is not None]
+        inside = storage.entries(location)
+        return [part.first_row for part in left_to_retry(read_run(location), inside, parts)]
+
+    def make(chunk: Chunk, newer_s: float) -> None:
+        write_part(chunk, read_chunk(chunk), [BadRecord("no")] * chunk.rows)
+        written = (folder / RUN_FILE).stat().st_mtime + newer_s
+        os.utime(folder / chunk.part, (written, written))
+
+    output, chunks = begin(source, folder)
+    output.resume(chunks)
+    infer(chunks[0])
+    for chunk in chunks[1:]:
+        make(chunk, -60)
+    output.commit(chunks)
+    assert left() == []
+    again, _ = begin(source, folder)
+    assert list(again.resume(chunks, retry_failures=True)) == [chunks[0].id]
+    assert left() == [2, 4]
+    make(chunks[1], 60)
+    assert left() == [4]
+    begin(source, folder)
+    assert left() == [4]
+    os.utime(folder / chunks[1].part, (1, 1))  # as long ago as another run is after a kill
+    third, _ = begin(source, folder)
+    third.resume(chunks, retry_failures=True)
+    assert left() == [2, 4]
+    third.resume(chunks)
+    assert left() == []
 
 
 # Readers -------------------------------------------------------------------------------------------------------------

@@ -59,9 +59,8 @@ async def run(folder: Path, **options: Any) -> Path:
         await fb.run(
             source(folder),
             str(output),
-            answer,
             settings=settings,
-            **{"chunk_size": 50, "progress": "off", **options},
+            **{"run_chunk": answer, "code_version": "1", "chunk_size": 50, "progress": "off", **options},
         )
     finally:
         await close_all()
@@ -180,6 +179,31 @@ async def test_of_a_run_that_was_killed_the_parts_count_too(tmp_path: Path) -> N
     assert re.search(r"Last heard of [\d.]+ m?s ago\.$", first)
     (output / LOG_FILE).write_bytes(logs_to_json([make_log(outcome="failed", error="E")]))  # knows of 8,000 rows
     assert figures(output)["rows"] == 8_000
+
+
+async def test_of_a_killed_run_that_retries_failures_parts_that_it_did_not_come_to_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = await run(tmp_path)
+
+    async def answer_first(chunk: fb.Chunk) -> fb.ChunkReport:
+        if chunk.index > 0:
+            raise RuntimeError("the driver is killed here")
+        return await answer(chunk)
+
+    with pytest.raises(fb.ChunkFailed):  # chunks 0, 2 and 5 hold failed rows; 0 fails again
+        await run(tmp_path, run_chunk=answer_first, retry_failures=True, concurrency=1)
+    log = make_log(replicas=0, outcome="running", plan=make_plan(rows=ROWS, chunks=6, chunk_rows=50))
+    written = (output / RUN_FILE).stat().st_mtime + 60
+    os.utime(next(output.glob("part-000000000000-*.parquet")), (written, written))
+    for logs in ((output / LOG_FILE).read_bytes(), logs_to_json([log])):
+        (output / LOG_FILE).write_bytes(logs)
+        caplog.clear()
+        told = figures(output)
+        assert (told["rows"], told["failures"], told["causes"]) == (ROWS - 100, 1, {"BadRecord": 1})
+        assert f"not counted: 100 rows of earlier runs in {output}, of which 2 failed" in caplog.text
+    await run(tmp_path)
+    assert (figures(output)["rows"], figures(output)["failures"]) == (ROWS, 3)
 
 
 async def test_a_part_that_can_not_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
