@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from markupsafe import Markup
@@ -100,6 +101,11 @@ def moment(unix_time: float) -> Markup:
     return Markup('<time datetime="{}">{}</time>').format(
         at.strftime("%Y-%m-%dT%H:%M:%SZ"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
     )
+
+
+def said(value: float | None, say: Callable[[float], str]) -> str:
+    """What ``say`` makes of a value; a dash, as tables have it, where it is not known."""
+    return "–" if value is None else say(value)
 
 
 def plural(number_of: int, one: str, many: str = "") -> str:

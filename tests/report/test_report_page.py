@@ -190,6 +190,15 @@ def test_gpus_are_shown_with_what_a_million_tokens_takes() -> None:
     assert "4 Wh for 240,000 tokens of this run: 16.7 Wh per million tokens." in root.text
 
 
+def test_what_is_not_known_of_a_gpu_is_a_dash() -> None:
+    silent: dict[str, Any] = {
+        "busy_start_s": None, "busy_end_s": None, "energy_source": None, "energy_start_j": None, "energy_end_j": None,
+        "peak_memory_bytes": None, "max_temperature_c": None, "throttle_reasons": (),
+    }  # fmt: skip
+    rows = page(make_log(gpus=(dataclasses.replace(gpu_use(), **silent),))).table("GPUs while chunks were answered")
+    assert rows[1] == ["NVIDIA A10G", "GPU-1", "–", "–", "–", "–", "–", "none"]
+
+
 def test_without_gpus_stalls_or_failures_nothing_is_said_of_them() -> None:
     root = page(make_log())
     assert not {"fb-gpus", "fb-loops", "fb-failures", "fb-samples", "fb-earlier"} & {

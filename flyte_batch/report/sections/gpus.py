@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from flyte_batch.monitoring import gpu
 from flyte_batch.report.answer import tokens_done
-from flyte_batch.report.formats import count, number, percent, size
+from flyte_batch.report.formats import count, number, percent, said, size
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Table, bounded_table
 
 
 def gpus(log: RunLog) -> Table | None:
-    def said(value: float | None, say: Callable[[float], str]) -> str:
-        return "unknown" if value is None else say(value)
-
     rows = []
     for total in gpu.gpu_totals(log.gpus):
         memory = said(total.peak_memory_bytes, size)

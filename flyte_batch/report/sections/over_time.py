@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flyte_batch.report import charts
 from flyte_batch.report.advice import mean_fill
 from flyte_batch.report.answer import utilization
-from flyte_batch.report.formats import count, number, percent, plural, seconds
+from flyte_batch.report.formats import count, number, percent, plural, said, seconds
 from flyte_batch.report.run_log import EngineLog, TimeShares
 from flyte_batch.report.sections.elements import Chart, Table, bounded_table, time_marks
 from flyte_batch.report.sections.shares import KINDS, kinds
@@ -104,10 +104,6 @@ def _steps(
 
 def slices_table(caption: str, slices: Sequence[Slice], at: Sequence[float], tokens: Sequence[float] | None) -> Table:
     """The numbers of the charts; with ``tokens``, those of all replicas together."""
-
-    def said(value: float | None, say: Callable[[float], str]) -> str:
-        return "–" if value is None else say(value)
-
     rows = [
         [
             f"{number(each.start - at[0])} s",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flyte_batch.report.advice import mean_fill, measured_rows_per_s, replicas_seen
 from flyte_batch.report.answer import knows_times
-from flyte_batch.report.formats import count, number, percent, seconds
+from flyte_batch.report.formats import count, number, percent, said, seconds
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Table
 from flyte_batch.report.settings import flat
@@ -21,11 +21,11 @@ def plan_table(log: RunLog) -> Table:
         ["Rows of the output", count(plan.rows), f"{count(log.rows)} done"],
         ["Rows of earlier runs", count(plan.rows_reused), unknown],
         ["Chunks of this run", count(plan.chunks - plan.chunks_reused), f"{count(len(done))} done"],
-        ["Rows per chunk", count(plan.chunk_rows), unknown if largest is None else f"at most {count(largest)}"],
+        ["Rows per chunk", count(plan.chunk_rows), said(largest, lambda most: f"at most {count(most)}")],
         ["Replicas", f"at most {count(plan.replicas)}", count(replicas_seen(log))],
         ["Chunks at once per replica", count(plan.concurrency), _most_at_once(log)],
-        ["Records in a full batch", count(plan.batch_rows), unknown if fill is None else f"{percent(fill)} full"],
-        ["Rows/s per replica", number(plan.rows_per_s), unknown if rate is None else number(rate)],
+        ["Records in a full batch", count(plan.batch_rows), said(fill, lambda share: f"{percent(share)} full")],
+        ["Rows/s per replica", number(plan.rows_per_s), said(rate, number)],
         [
             "Time for the rows to do",
             seconds(expected),
