@@ -7,10 +7,10 @@ computation, on whatever thread, or by `device_worked` with times that another p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import time
-from collections.abc import Iterator
 
 
 class DeviceCall:
@@ -59,14 +59,26 @@ def device_worked(began: float, ended: float) -> None:
         call.worked(began, ended)
 
 
-@contextlib.contextmanager
-def device_at_work() -> Iterator[None]:
-    """The device is at work on the current call: around the computation, in its context, on any thread.
+class DeviceAtWork:
+    """What `device_at_work` gives."""
 
-    ``asyncio.to_thread`` takes the context along, ``loop.run_in_executor`` does not.
+    __slots__ = ("_began", "_turns")
+
+    def __enter__(self) -> None:
+        self._turns: list[None] = []
+        with contextlib.suppress(RuntimeError):  # no event loop on this thread
+            asyncio.get_running_loop().call_soon(self._turns.append, None)
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if not self._turns:
+            device_worked(self._began, time.monotonic())
+
+
+def device_at_work() -> DeviceAtWork:
+    """The device is at work on the current call: for ``with``, around the computation, in the call's context.
+
+    On any thread: ``asyncio.to_thread`` takes the context along, ``loop.run_in_executor`` does not. Around an ``await``
+    it says nothing: that ends when the event loop has time for it, and when the device was done is the question.
     """
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        device_worked(began, time.monotonic())
+    return DeviceAtWork()

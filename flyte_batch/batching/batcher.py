@@ -202,7 +202,6 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             self._teller.tell_soon()  # of the half before
             outcome = await self._processor.call(batch.records, call)
             self._meter.landed(call, 0)
-            self._meter.enter("late")
             self._count(batch)
             if isinstance(outcome, list):
                 todo.pop()

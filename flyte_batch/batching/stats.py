@@ -6,6 +6,7 @@ knows no event loop, so that its arithmetic can be tested with a clock of the te
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable
@@ -126,7 +127,7 @@ def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
 
 
 _MOST_CALLS = 100_000
-"""Calls that wait for an earlier one to come back, beyond which that one is taken to have kept the device at work."""
+"""Calls that wait for an earlier one, beyond which that one is taken to have kept the device at work so far."""
 
 
 class Meter:
@@ -151,8 +152,10 @@ class Meter:
         self._phases: tuple[Phase, float, dict[Phase, float]] = "off", clock(), dict.fromkeys(get_args(Phase), 0.0)
         self._on_device: tuple[int, float, float] = 0, clock(), 0.0
         self.is_told = False
-        self._calls: deque[DeviceCall] = deque()  # from the first that is not back
-        self._worked_until = 0.0  # by calls before these
+        self._calls: deque[DeviceCall] = deque()  # as they were made, from the first that is not back
+        # Of calls that are back; a heap, because those that are not may have begun before.
+        self._spells: list[tuple[float, float]] = []
+        self._worked_until = 0.0  # by all others
 
     @property
     def phase(self) -> Phase:
@@ -160,11 +163,14 @@ class Meter:
 
     def enter(self, phase: Phase) -> None:
         """From now on the time is ``phase``'s; off, nothing is on the device."""
+        self._enter(phase, self._clock())
+
+    def _enter(self, phase: Phase, now: float) -> None:
         before, since, seconds = self._phases
-        now = self._clock()
         self._phases = phase, now, {**seconds, before: seconds[before] + now - since}
         if phase == "off":
             self._calls.clear()
+            self._spells.clear()
             self._count_on_device(0, now)
 
     def launched(self, on_device: int) -> DeviceCall:
@@ -173,39 +179,53 @@ class Meter:
         if not self._calls:
             self._worked_until = now
         if self.phase != "busy":
-            self.enter("busy")
+            self._enter("busy", now)
         call = DeviceCall(now)
         self._calls.append(call)
         if len(self._calls) > _MOST_CALLS:
-            self._calls.popleft()
+            first = self._calls.popleft()
+            first.spell = first.made, now
             self._worked_until = now
+            self._spells.clear()
         self._count_on_device(on_device, now)
         return call
 
     def landed(self, call: DeviceCall, on_device: int) -> None:
-        """A call is back, and so many records are on the device from now on.
+        """A call is back, and so many records are on the device from now on. After the last one the time is late.
 
-        Seconds in which, as it turns out, the device was at work on no call were late, not busy. That turns out of the
-        time before a call when it and all earlier ones are back. Calls are taken to begin in the order in which they
-        were made.
+        Seconds in which, as it turns out, the device was at work on no call were late, not busy.
         """
         now = self._clock()
-        call.spell = call.made, now
-        if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
-            self.is_told = True  # else by another clock
-            call.spell = call.began, call.ended
-        calls, until, free = self._calls, self._worked_until, 0.0
-        while calls and (spell := calls[0].spell) is not None:
-            calls.popleft()
-            free += max(0.0, spell[0] - until)
-            until = max(until, spell[1])
-        if not calls:
-            free += now - until
-        self._worked_until = until
-        if free:
-            phase, since, seconds = self._phases
-            self._phases = phase, since, {**seconds, "busy": seconds["busy"] - free, "late": seconds["late"] + free}
+        if call.spell is not None:  # nobody waited for it any longer
+            self._worked_until = now
+        else:
+            call.spell = call.made, now
+            if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
+                self.is_told = True  # else by another clock
+                call.spell = call.began, call.ended
+            heapq.heappush(self._spells, call.spell)
+        self._work_out(now)
+        if not on_device:
+            self._free(now - self._worked_until)
+            self._enter("late", now)
         self._count_on_device(on_device, now)
+
+    def _work_out(self, now: float) -> None:
+        """Find out when the device was free, up to where a call that is not back may have begun."""
+        while self._calls and self._calls[0].spell is not None:
+            self._calls.popleft()
+        known = self._calls[0].made if self._calls else now
+        while self._spells and self._spells[0][0] <= known:
+            began, ended = heapq.heappop(self._spells)
+            self._free(began - self._worked_until)
+            self._worked_until = max(self._worked_until, ended)
+
+    def _free(self, seconds: float) -> None:
+        """So many seconds were late, not busy."""
+        if seconds > 0:
+            phase, since, by_phase = self._phases
+            late, busy = by_phase["late"] + seconds, by_phase["busy"] - seconds
+            self._phases = phase, since, {**by_phase, "late": late, "busy": busy}
 
     def _count_on_device(self, records: int, now: float) -> None:
         running, since, record_seconds = self._on_device
@@ -222,9 +242,9 @@ class Meter:
 
     def snapshot(self, queued: int) -> BatchStats:
         """The figures now, the phase that is under way included. May be taken on any thread."""
-        now = self._clock()
         phase, since, seconds = self._phases
         running, running_since, record_seconds = self._on_device
+        now = self._clock()  # last: what was written meanwhile is not later
         stats = BatchStats(
             total_submitted=self.submitted,
             total_completed=self.completed,

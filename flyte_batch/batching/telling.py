@@ -51,10 +51,14 @@ class _CameBack:
         records: how many.
         cost: as the batcher's budget sees it.
         out_of_memory: whether it did not fit.
-        batches: what got its outcome, when, with which errors (None where nothing failed), and whether these are lost.
+        failed: whose records got which errors; without those that the engine's death took.
+        uncounted: a batch that is still to be counted, with its outcomes, and whether these are lost.
     """
 
-    __slots__ = ("at", "batches", "cost", "fill", "now", "out_of_memory", "records", "since", "started_at")
+    __slots__ = (
+        "_tallies", "at", "cost", "failed", "fill", "now", "out_of_memory", "records", "since", "started_at",
+        "uncounted",
+    )  # fmt: skip
 
     def __init__(self, now: float, started_at: float, fill: float, out_of_memory: bool = False) -> None:
         self.since = self.now = now
@@ -64,33 +68,42 @@ class _CameBack:
         self.records = 0
         self.cost = 0.0
         self.out_of_memory = out_of_memory
-        self.batches: list[tuple[Batch[Any, Any], float, Sequence[object] | None, bool]] = []
+        self.failed: list[tuple[Scope, BaseException]] = []
+        self.uncounted: tuple[Batch[Any, Any], Sequence[object] | None, bool] | None = None
+        self._tallies: dict[Scope, _Tally] = {}
+
+    def count(self, batch: Batch[Any, Any], outcomes: Sequence[object] | None, lost: bool) -> None:
+        """Count records that came back just now, by whose they are; without outcomes, none of them failed."""
+        start = 0
+        costs, arrivals, now = batch.costs, batch.arrivals, self.now
+        for lane, tickets in batch.parts:
+            assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
+            scope = lane.scope
+            tally = self._tallies.get(scope)
+            if tally is None:
+                tally = self._tallies[scope] = _Tally()
+            end = start + len(tickets)
+            tally.records += end - start
+            counts = tally.latencies
+            for index in range(start, end):
+                tally.cost += costs[index]
+                latency = max(0.0, now - arrivals[index])  # one that came and went within a millisecond
+                counts[latency] = counts.get(latency, 0) + 1
+            if outcomes is not None:
+                errors = [outcome for outcome in outcomes[start:end] if isinstance(outcome, BaseException)]
+                tally.failed += len(errors)
+                if lost:
+                    tally.lost += len(errors)
+                else:
+                    self.failed += [(scope, error) for error in errors]
+            start = end
 
     def shares(self) -> tuple[Share, ...]:
         """Whose records they were."""
-        tallies: dict[Scope, _Tally] = {}
-        for batch, now, outcomes, lost in self.batches:
-            start = 0
-            costs, arrivals = batch.costs, batch.arrivals
-            for lane, tickets in batch.parts:
-                assert isinstance(lane, CallersLane)  # noqa: S101  a batcher makes no others
-                scope = lane.scope
-                tally = tallies.get(scope)
-                if tally is None:
-                    tally = tallies[scope] = _Tally()
-                end = start + len(tickets)
-                tally.records += end - start
-                counts = tally.latencies
-                for index in range(start, end):
-                    tally.cost += costs[index]
-                    latency = now - arrivals[index]
-                    counts[latency] = counts.get(latency, 0) + 1
-                if outcomes is not None:
-                    failed = sum(isinstance(outcome, BaseException) for outcome in outcomes[start:end])
-                    tally.failed += failed
-                    tally.lost += failed if lost else 0
-                start = end
-        return tuple([tally.share(scope) for scope, tally in tallies.items()])
+        if self.uncounted is not None:
+            self.count(*self.uncounted)
+            self.uncounted = None
+        return tuple([tally.share(scope) for scope, tally in self._tallies.items()])
 
 
 class Teller:
@@ -171,7 +184,7 @@ class Teller:
         back = _CameBack(now, started_at, fill, out_of_memory)
         back.records, back.cost = len(batch), batch.cost
         if outcomes is not None:
-            back.batches.append((batch, now, outcomes if failures else None, lost))
+            back.uncounted = batch, outcomes if failures else None, lost  # later: the device comes first
         self._untold.append(back)
 
     def landed(
@@ -198,7 +211,7 @@ class Teller:
             back.started_at = min(started_at, back.started_at)
         back.records += 1
         back.cost += cost
-        back.batches.append((batch, back.now, None if error is None else (error,), lost))
+        back.count(batch, None if error is None else (error,), lost)
 
     def tell_soon(self) -> None:
         """Tell of all that came back, a moment from now."""
@@ -233,18 +246,11 @@ class Teller:
             hooks.emit(events.RecordsSubmitted(self._submitted_at, self._batcher, scope, *counts))
 
     def _tell_of(self, back: _CameBack) -> None:
-        for batch, _, outcomes, lost in back.batches:
-            if outcomes is not None and not lost:
-                self._tell_failures(batch, outcomes, back.at)
         shares = back.shares()
+        for scope, error in back.failed:
+            what = type(error).__name__, str(error)
+            hooks.emit(events.RecordFailed(back.at, scope, "infer", *what, self._batcher))
         failed = sum([share.failed for share in shares]) if shares else back.records
         self._done += 1
         told = back.started_at, back.records, failed, back.cost, back.fill, back.out_of_memory, shares
         hooks.emit(events.BatchDone(back.at, self._batcher, self._done, *told))
-
-    def _tell_failures(self, batch: Batch[Any, Any], outcomes: Sequence[object], at: float) -> None:
-        scopes = (lane.scope for lane, tickets in batch.parts for _ in tickets if isinstance(lane, CallersLane))
-        for scope, outcome in zip(scopes, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                failed = type(outcome).__name__, str(outcome)
-                hooks.emit(events.RecordFailed(at, scope, "infer", *failed, self._batcher))

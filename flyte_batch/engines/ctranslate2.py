@@ -224,7 +224,7 @@ class CTranslate2Engine:
         try:
             context = contextvars.copy_context()
             call = asyncio.get_running_loop().run_in_executor(
-                self._threads, context.run, self._infer, tuple(batch), cancelled
+                self._threads, context.run, self._at_work, tuple(batch), cancelled
             )
         except RuntimeError as error:  # closed between the check and here, by another thread's loop
             raise EngineDead(f"the CTranslate2 engine of {self._model} was closed: start a new one") from error
@@ -234,7 +234,10 @@ class CTranslate2Engine:
             cancelled.set()
             raise
 
-    @device_at_work()
+    def _at_work(self, batch: Sequence[TokenisedPrompt], cancelled: threading.Event) -> list[Completion | Exception]:
+        with device_at_work():
+            return self._infer(batch, cancelled)
+
     def _infer(self, batch: Sequence[TokenisedPrompt], cancelled: threading.Event) -> list[Completion | Exception]:
         results: list[Completion | Exception] = [_UNFINISHED] * len(batch)
         running: list[_SubBatch] = []

@@ -761,6 +761,35 @@ async def test_a_device_that_has_nothing_to_do_while_the_loop_stands_still_is_no
     assert batcher.is_told
 
 
+async def test_what_is_said_around_an_await_is_no_news_of_the_device():
+    """It ends when the event loop has time for it."""
+
+    class Says(fb.FakeContinuousEngine):
+        async def generate(self, record: Any) -> fb.Completion:
+            with fb.device_at_work():
+                return await super().generate(record)
+
+    device = Says(slots=4)
+    async with fb.ContinuousBatcher(device) as batcher:
+        await batcher.map(records(device, "w"))
+        assert not batcher.is_told
+
+
+async def test_an_engine_that_computes_on_the_event_loop_says_when_by_itself():
+    class Says(fb.FakeContinuousEngine):
+        async def generate(self, record: Any) -> fb.Completion:
+            with fb.device_at_work():
+                time.sleep(0.05)  # noqa: ASYNC251 - as an engine should not
+            await asyncio.sleep(0.2)
+            return fb.Completion("x", "stop", 1, 1)
+
+    device = Says(slots=4)
+    async with fb.ContinuousBatcher(device) as batcher:
+        await batcher.map(records(device, "w"))
+        assert batcher.is_told
+        assert 0.05 <= batcher.stats.busy_time_s < 0.15
+
+
 async def test_an_engine_that_blocks_the_loop_is_named_and_counted(caplog):
     def blocks(_: str) -> str:
         time.sleep(0.05)

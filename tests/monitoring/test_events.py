@@ -611,6 +611,17 @@ async def test_the_time_until_the_loop_hears_of_a_finished_batch_is_not_the_devi
     assert stats.idle_time_s == pytest.approx(stats.starved_time_s + stats.assembling_time_s + stats.late_time_s)
 
 
+async def test_a_record_that_comes_and_goes_within_a_millisecond_has_no_negative_latency(heard: Listener) -> None:
+    device = fb.FakeContinuousEngine(slots=4)
+    async with fb.ContinuousBatcher(device) as batcher:
+        record = device.prepare(fb.Prompt("w"))
+        for _ in range(50):  # each is queued after the one before came back
+            await (await batcher.submit(record))
+    told = [pair for event in heard.of(events.BatchDone) for share in event.shares for pair in share.latencies]
+    assert sum(records for _, records in told) == 50
+    assert all(seconds >= 0 for seconds, _ in told)
+
+
 async def test_a_death_that_many_chunks_saw_is_one_death(tmp_path: Path) -> None:
     lives: list[fb.FakeEngine] = []
 
