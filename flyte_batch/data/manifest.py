@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from flyte_batch.data import storage
 from flyte_batch.data.chunks import plain
-from flyte_batch.data.parts import PartInfo, part_schema
+from flyte_batch.data.parts import PartInfo, most_frequent, part_schema
 from flyte_batch.data.sources import Source, decode_schema, encode_schema
 from flyte_batch.data.storage import Location
 from flyte_batch.errors import BadInput
@@ -103,11 +103,11 @@ class Manifest:
 
     @property
     def causes(self) -> dict[str, int]:
-        """Class of the error -> failed rows."""
+        """Class of the error -> failed rows, as in `flyte_batch.data.parts.PartInfo`."""
         causes: Counter[str] = Counter()
         for part in self.parts:
             causes.update(part.causes)
-        return dict(causes.most_common())
+        return most_frequent(causes)
 
     @property
     def size(self) -> int:

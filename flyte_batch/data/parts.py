@@ -112,7 +112,7 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
     }
     answered = [one for one in completions if one is not None]
     contents: dict[str, Any] = {
-        "causes": _causes(results),
+        "causes": most_frequent(Counter(type(each).__name__ for each in results if isinstance(each, Exception))),
         "prompt_lengths": _lengths(one.prompt_tokens for one in answered),
         "response_lengths": _lengths(one.response_tokens for one in answered),
     }
@@ -125,11 +125,12 @@ def write_part(chunk: Chunk, rows: pa.Table, results: Sequence[Completion | Exce
     return PartInfo(name=chunk.part, bytes=len(data), **counts, **contents)
 
 
-def _causes(results: Sequence[Completion | Exception]) -> dict[str, int]:
-    errors = Counter(type(result).__name__ for result in results if isinstance(result, Exception))
-    causes = dict(sorted(errors.most_common(MOST_CAUSES), key=lambda each: (-each[1], each[0])))
-    rest = errors.total() - sum(causes.values())
-    return causes | ({OTHER_CAUSES: rest} if rest else {})
+def most_frequent(causes: Counter[str]) -> dict[str, int]:
+    """The `MOST_CAUSES` most frequent ones, in that order, and the rest, if there is one, as `OTHER_CAUSES`."""
+    named = sorted((each for each in causes.items() if each[0] != OTHER_CAUSES), key=lambda each: (-each[1], each[0]))
+    found = dict(named[:MOST_CAUSES])
+    rest = causes.total() - sum(found.values())
+    return found | ({OTHER_CAUSES: rest} if rest else {})
 
 
 def _lengths(tokens: Iterable[int]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from flyte_batch.data.manifest import MANIFEST_FILE, RUN_FILE, Manifest, read_ru
 from flyte_batch.data.output import STALE_AFTER_S, Output, iter_output, left_to_retry, read_output
 from flyte_batch.data.parts import PartInfo, read_part_info, write_part
 from flyte_batch.data.sources import open_source
-from flyte_batch.errors import BadInput, BadRecord, ChunkFailed, RunError
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadInput, BadRecord, ChunkFailed, RunError
 from flyte_batch.records import Completion
 
 Infer = Callable[[Chunk], PartInfo]
@@ -94,6 +94,24 @@ def test_the_small_files_say_what_the_output_is_and_nothing_of_the_environment(
     assert manifest["totals"]["rows"] == 6
     assert manifest["columns"][:2] == [{"name": "n", "type": "int64"}, {"name": "response", "type": "string"}]
     assert "hf_secret" not in json.dumps([run, manifest])
+
+
+def test_however_many_classes_of_errors_the_parts_have_together_the_manifest_tells_a_few_apart_and_counts_all(
+    source: Path, folder: Path
+) -> None:
+    def part(first_row: int, causes: Mapping[str, int]) -> PartInfo:
+        rows = sum(causes.values())
+        return PartInfo(f"part-{first_row}", str(first_row), first_row, rows, rows, 0, 0, 9, causes)
+
+    crowd = [part(n, {f"E{2 * n}": 1, f"E{2 * n + 1}": 2, OTHER_CAUSES: 7}) for n in range(100)]
+    output, _ = begin(source, folder)
+    manifest = Manifest.of(output.run, output.source, (*crowd, part(100, {"E0": 9})))
+    totals = json.loads(manifest.to_json())["totals"]
+    assert totals["causes"] == manifest.causes
+    assert next(iter(manifest.causes)) == "E0"
+    assert list(manifest.causes)[-1] == OTHER_CAUSES
+    assert sorted(manifest.causes.values()) == [*[2] * (MOST_CAUSES - 1), 10, 100 * 7 + 99 + 2 * (101 - MOST_CAUSES)]
+    assert sum(manifest.causes.values()) == manifest.failures == 1009
 
 
 def test_a_re_run_of_a_finished_output_makes_nothing_and_changes_no_byte(

@@ -16,7 +16,7 @@ from flyte_batch.data import storage
 from flyte_batch.data.chunks import RESULT_COLUMNS, Chunk, plan_chunks, read_chunk
 from flyte_batch.data.parts import MAX_ERROR_CHARACTERS, PartInfo, read_part_info, write_part
 from flyte_batch.data.sources import open_source
-from flyte_batch.errors import BadRecord
+from flyte_batch.errors import MOST_CAUSES, OTHER_CAUSES, BadRecord
 from flyte_batch.records import Completion
 
 
@@ -109,6 +109,22 @@ def test_every_kind_of_parquet_column_travels_through_to_the_part(tmp_path: Path
     write_part(chunk, read_chunk(chunk), [Completion("x", "stop", 1, 1)] * 2)
     assert pq.read_table(tmp_path / "out" / chunk.part)["c"].to_pylist() == column.to_pylist()
     assert info_of(chunk) is not None
+
+
+def test_of_many_classes_of_errors_the_most_frequent_are_told_apart_and_the_others_are_counted_together(
+    tmp_path: Path, write_rows: Any
+) -> None:
+    names = [f"E{n:02}" for n in range(30)] + ["E29", "E29", "E28", OTHER_CAUSES, OTHER_CAUSES, OTHER_CAUSES]
+    path = write_rows("a.jsonl", [{"n": n} for n in range(len(names))])
+    (tmp_path / "out").mkdir()
+    (chunk,) = plan_chunks(open_source(str(path)), str(tmp_path / "out"), 99, settings={})
+    write_part(chunk, read_chunk(chunk), [type(name, (Exception,), {})("no") for name in names])
+    info = info_of(chunk)
+    assert info is not None
+    once = [f"E{n:02}" for n in range(MOST_CAUSES - 2)]
+    assert list(info.causes.items()) == [
+        ("E29", 3), ("E28", 2), *((name, 1) for name in once), (OTHER_CAUSES, 30 - MOST_CAUSES + 3),
+    ]  # fmt: skip
 
 
 def test_an_endless_error_message_is_cut(chunk: Chunk) -> None:
