@@ -155,7 +155,6 @@ class _Work:
 
         chunk = self._chunk
         started, began_at = time.monotonic(), clock.now()
-        started_at = began_at
         table, sampler = await asyncio.gather(
             asyncio.to_thread(read_chunk, chunk), asyncio.to_thread(gpu.start_sampler)
         )
@@ -168,7 +167,7 @@ class _Work:
             values, prompt_function(prompt), finish, [None] * table.num_rows, chunk.first_row, self._scope
         )
         died_at = -math.inf
-        earlier: list[EngineLife] = []
+        lives: list[EngineLife] = []
         while True:
             batcher = await self._solver()  # a singleton drops what is not running any more, and builds anew
             self._silence = _Silence(batcher)
@@ -183,20 +182,16 @@ class _Work:
                     now = time.monotonic()
                     if now - died_at < DEATHS_APART_S:
                         raise
-                    done = task.done(earlier)
-                    life = (batcher.id, batcher.engine_name, started_at, loaded_at, clock.now(), samples(), *done)
-                    earlier.append(EngineLife(*life, is_told=batcher.is_told))
-                    died_at, started_at = now, clock.now()
+                    died_at = now
                     left = task.left
                     logger.warning("%s with %d of %d rows to do; building the engine anew", error, left, chunk.rows)
+                finally:
+                    started_at = lives[-1].ended if lives else began_at
+                    life = (batcher.id, batcher.engine_name, started_at, loaded_at, clock.now(), samples())
+                    lives.append(EngineLife(*life, *task.done(lives), batcher.is_told))
         details = ChunkDetails(
             process=process_name(),
-            batcher=batcher.id,
-            engine=batcher.engine_name,
-            started=started_at,
-            loaded=loaded_at,
-            ended=clock.now(),
-            samples=samples(),
+            lives=tuple(lives),
             latencies=dict(self._recording.latencies),
             causes=info.causes,
             examples=task.examples(),
@@ -205,8 +200,6 @@ class _Work:
             stalls=tuple(self._recording.stalls),
             died=tuple(self._recording.died),
             gpus=await asyncio.to_thread(sampler.use_between, began_at, clock.now()) if sampler is not None else (),
-            earlier=tuple(earlier),
-            is_told=batcher.is_told,
         )
         report = ChunkReport(
             chunk_id=chunk.id,

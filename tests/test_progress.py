@@ -11,7 +11,7 @@ from rich.console import Console
 
 import flyte_batch as fb
 from flyte_batch.errors import BadInput
-from flyte_batch.monitoring.details import ChunkDetails, Sample, Stall
+from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Sample, Stall
 from flyte_batch.progress import VARIABLE, RunView, texts
 from flyte_batch.progress.figures import Figures, Pace, queues_here
 from flyte_batch.progress.frame import Moment, frame
@@ -37,7 +37,8 @@ def add(log: RunLog, at: float, rows: int = 100, process: str = "host-1", batche
         Sample(at - 9, (at - 9) * 0.7, (at - 9) * 0.3, 0, 0, 0, 0, 0, 0, 0),
         Sample(at, at * 0.7, at * 0.3, 0, 0, 0, 0, 0, 30, 7),
     )
-    details = ChunkDetails(process, batcher, "Engine", at - 10, at - 9, at, samples, causes=causes)
+    life = EngineLife(batcher, "Engine", at - 10, at - 9, at, samples, rows, 10 * rows)
+    details = ChunkDetails(process, (life,), causes=causes)
     entry = ChunkEntry(len(log.chunks), rows, sum(causes.values()), 4 * rows, 6 * rows, batcher, at - 10, at)
     log.add_chunk(entry, details)
 

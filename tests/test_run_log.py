@@ -39,16 +39,20 @@ def sample(at: float, busy: float = 0.0, starved: float = 0.0, assembling: float
     return Sample(at, busy, starved, assembling, late, 0, 0, 0.0, 0, 0)
 
 
+def life(batcher: str, started: float, loaded: float, ended: float, *samples: Sample, **more: Any) -> EngineLife:
+    return EngineLife(batcher, "FakeEngine", started, loaded, ended, samples, **({"rows": 10, "tokens": 10} | more))
+
+
 def details(
     batcher: str, started: float, loaded: float, ended: float, *samples: Sample, process: str = "p", **more: Any
 ) -> ChunkDetails:
-    return ChunkDetails(process, batcher, "FakeEngine", started, loaded, ended, samples, **more)
+    return ChunkDetails(process, (life(batcher, started, loaded, ended, *samples),), **more)
 
 
 def log_of(*chunks: ChunkDetails, started: float = 0.0, ended: float = 10.0) -> RunLog:
     log = RunLog("out", "in.jsonl", {}, PLAN, started=started, ended=ended)
     for index, each in enumerate(chunks):
-        log.add_chunk(ChunkEntry(index, 10, 0, 5, 5, each.batcher, each.started, each.ended), each)
+        log.add_chunk(ChunkEntry(index, 10, 0, 5, 5, each.batcher, each.began, each.ended), each)
     return log
 
 
@@ -86,7 +90,8 @@ def test_busy_seconds_of_an_engine_that_answers_on_the_loop_are_in_doubt_while_i
     assert shares == TimeShares(busy=9, blocked=1, stood=3, doubtful=2)  # one second was the engine's own
     assert shares.total == 10
     assert shares.is_upper_bound
-    measured = log_of(details("a", 0, 0, 10, *both, stalls=STOOD, is_told=True)).time_shares()
+    told = ChunkDetails("p", (life("a", 0, 0, 10, *both, is_told=True),), stalls=STOOD)
+    measured = log_of(told).time_shares()
     assert measured == TimeShares(busy=9, blocked=1)
     assert not measured.is_upper_bound
     little = log_of(details("a", 0, 0, 10, sample(0), sample(10, busy=10), stalls=(Stall(8, 0.125, "f"),)))
@@ -160,8 +165,8 @@ def test_an_engine_that_was_built_anew_has_no_tail_while_its_successor_works() -
 
 
 def test_an_engine_that_died_in_a_chunk_keeps_its_time_its_rows_and_its_cost() -> None:
-    dead = EngineLife("a", "FakeEngine", 0, 1, 6, (sample(1), sample(6, busy=4, starved=1)), rows=8, tokens=7)
-    log = log_of(details("b", 6, 7, 8, sample(7), sample(8, busy=1), earlier=(dead,)))
+    dead = life("a", 0, 1, 6, sample(1), sample(6, busy=4, starved=1), rows=8, tokens=7)
+    log = log_of(ChunkDetails("p", (dead, life("b", 6, 7, 8, sample(7), sample(8, busy=1), rows=2, tokens=3))))
     assert log.time_shares() == TimeShares(busy=5, loading=2, starved=1, tail=2)
     assert [(each.batcher, each.rows, each.tokens) for each in log.engines.values()] == [("a", 8, 7), ("b", 2, 3)]
     assert log.cost == pytest.approx(3.6 * 10 / 3600)
@@ -247,9 +252,8 @@ def test_a_log_survives_its_file_and_a_broken_file_is_said_to_be_one() -> None:
 
 
 def test_details_travel_as_one_line_of_json() -> None:
-    earlier = (EngineLife("z", "FakeEngine", -3, -2, -1, (sample(-2), sample(-1, busy=1)), 3, 4),)
-    told: dict[str, Any] = {"latencies": {0.1: 2}, "prompt_lengths": {4.0: 1}, "earlier": earlier}
-    sent = details("a", 0, 1, 4, sample(1), stalls=(Stall(3, 1, "c"),), **told)
+    lives = life("z", -3, -2, -1, sample(-2), sample(-1, busy=1)), life("a", 0, 1, 4, sample(1), is_told=True)
+    sent = ChunkDetails("p", lives, {0.1: 2}, prompt_lengths={4.0: 1}, stalls=(Stall(3, 1, "c"),))
     assert "\n" not in sent.to_json()
     assert ChunkDetails.from_json(sent.to_json()) == sent
 
@@ -265,16 +269,17 @@ def test_how_far_a_clock_is_behind_follows_from_when_a_chunk_was_given_and_heard
     chunk = details("a", 10, 11, 20, sample(11), sample(20, busy=9), stalls=(Stall(15, 1, "f"),))
     assert chunk.clock_lag(given_at, heard_at) == lag
     moved = chunk.later(5)
-    assert (moved.started, moved.loaded, moved.ended) == (15, 16, 25)
-    assert [each.at for each in (*moved.samples, *moved.stalls)] == [16, 25, 20]
+    (later,) = moved.lives
+    assert (later.started, later.loaded, later.ended) == (15, 16, 25)
+    assert [each.at for each in (*later.samples, *moved.stalls)] == [16, 25, 20]
 
 
 def test_a_clock_is_corrected_by_when_a_chunk_was_begun_and_for_engines_that_died_too() -> None:
-    dead = EngineLife("a", "FakeEngine", 10, 11, 15, (sample(11), sample(15)))
-    chunk = details("b", 15, 16, 20, sample(16), sample(20), earlier=(dead,))
-    assert chunk.began == 10
+    dead, last = life("a", 10, 11, 15, sample(11), sample(15)), life("b", 15, 16, 20, sample(16), sample(20))
+    chunk = ChunkDetails("p", (dead, last))
+    assert (chunk.began, chunk.ended, chunk.batcher) == (10, 20, "b")
     assert chunk.clock_lag(30, 45) == 20
-    (moved,) = chunk.later(20).earlier
+    moved, _ = chunk.later(20).lives
     assert (moved.started, moved.loaded, moved.ended) == (30, 31, 35)
     assert [each.at for each in moved.samples] == [31, 35]
 

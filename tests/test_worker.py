@@ -106,11 +106,12 @@ async def test_an_engine_that_dies_is_rebuilt_and_only_unanswered_rows_are_asked
     assert first.closed
     assert not repeated
     details = ChunkDetails.from_json(report.details)
-    (dead,) = details.earlier
+    dead, last = details.lives
     assert (dead.rows, dead.engine, [dead.batcher]) == (40, "FakeEngine", list(details.died))
+    assert (last.rows, last.tokens) == (60, report.prompt_tokens + report.response_tokens - dead.tokens)
     assert dead.tokens == sum(row["prompt_tokens"] + row["response_tokens"] for row in rows_of(chunk)[:40])
     assert dead.samples[-1].batches == 5  # the last one under it
-    assert dead.started <= dead.loaded <= dead.ended <= details.started == pytest.approx(dead.ended, abs=1)
+    assert dead.started <= dead.loaded <= dead.ended == last.started <= last.loaded <= last.ended
 
 
 async def test_an_engine_that_dies_twice_fails_the_chunk_and_leaves_no_part(tmp_path: Path) -> None:
@@ -188,7 +189,8 @@ async def test_loading_the_engine_counts_as_time_in_which_the_device_was_not_bus
 
     report = await fb.infer(chunk, solver, prompt="{question}")
     details = ChunkDetails.from_json(report.details)
-    assert details.started <= loading[0] <= details.loaded <= details.samples[0].at
+    (life,) = details.lives
+    assert life.started <= loading[0] <= life.loaded <= life.samples[0].at
 
 
 async def test_a_text_that_is_no_utf_8_fails_its_row_only(tmp_path: Path) -> None:

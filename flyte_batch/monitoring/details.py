@@ -90,18 +90,19 @@ class Stall:
 
 @dataclass(frozen=True, slots=True)
 class EngineLife:
-    """What an engine did for a chunk before it died, and was built anew.
+    """What an engine did for a chunk before the chunk was done, or the engine had died and was built anew.
 
     Attributes:
         batcher: id of its batcher.
         engine: its class.
         started: Unix time when the chunk came to it: was begun, or had lost the engine before.
         loaded: Unix time when it was there.
-        ended: Unix time when the chunk had lost it.
+        ended: Unix time when the chunk's part was committed, or the chunk had lost it.
         samples: of its batcher, from ``loaded`` to ``ended``.
         rows: of the chunk that it answered.
         tokens: of prompts and responses of these.
-        is_told: see `ChunkDetails`.
+        is_told: whether its calls say when their device was at work. Of any other nobody knows, while the event loop
+            stands still, whether it still is.
     """
 
     batcher: str
@@ -110,8 +111,8 @@ class EngineLife:
     loaded: float
     ended: float
     samples: tuple[Sample, ...]
-    rows: int = 0
-    tokens: int = 0
+    rows: int
+    tokens: int
     is_told: bool = False
 
     def later(self, seconds: float) -> EngineLife:
@@ -121,7 +122,7 @@ class EngineLife:
             started=self.started + seconds,
             loaded=self.loaded + seconds,
             ended=self.ended + seconds,
-            samples=_later(self.samples, seconds),
+            samples=tuple(replace(sample, at=sample.at + seconds) for sample in self.samples),
         )
 
 
@@ -131,12 +132,7 @@ class ChunkDetails:
 
     Attributes:
         process: which process: host and process id.
-        batcher: id of the batcher that finished the chunk.
-        engine: class of the engine.
-        started: Unix time when the worker began to read, or lost the last of the ``earlier`` engines.
-        loaded: Unix time when it had that engine.
-        ended: Unix time when the part was committed.
-        samples: of that batcher, from ``loaded`` to ``ended``.
+        lives: of the engines that worked on it: those that died, in their order, and the one that finished it.
         latencies: histogram of the chunk's records: seconds from queue to result.
         causes: class of the error -> failed rows.
         examples: some failed rows of each cause.
@@ -145,18 +141,10 @@ class ChunkDetails:
         stalls: of the process' event loop.
         died: ids of batchers of this process that died meanwhile.
         gpus: what they did while the worker was at it.
-        earlier: the engines that died before, in their order.
-        is_told: whether the engine's calls say when their device was at work. Of any other nobody knows, while the
-            event loop stands still, whether it still is.
     """
 
     process: str
-    batcher: str
-    engine: str
-    started: float
-    loaded: float
-    ended: float
-    samples: tuple[Sample, ...]
+    lives: tuple[EngineLife, ...]
     latencies: Mapping[float, int] = field(default_factory=dict)
     causes: Mapping[str, int] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
@@ -165,27 +153,21 @@ class ChunkDetails:
     stalls: tuple[Stall, ...] = ()
     died: tuple[str, ...] = ()
     gpus: tuple[GpuUse, ...] = ()
-    earlier: tuple[EngineLife, ...] = ()
-    is_told: bool = False
+
+    @property
+    def batcher(self) -> str:
+        """Id of the batcher that finished the chunk."""
+        return self.lives[-1].batcher
 
     @property
     def began(self) -> float:
         """Unix time when the worker began to read."""
-        return self.earlier[0].started if self.earlier else self.started
+        return self.lives[0].started
 
-    def last_life(self, rows: int, tokens: int) -> EngineLife:
-        """Of the engine that finished the chunk, and answered so many of its rows."""
-        return EngineLife(
-            self.batcher,
-            self.engine,
-            self.started,
-            self.loaded,
-            self.ended,
-            self.samples,
-            rows,
-            tokens,
-            self.is_told,
-        )
+    @property
+    def ended(self) -> float:
+        """Unix time when the part was committed."""
+        return self.lives[-1].ended
 
     def clock_lag(self, given: float, heard: float) -> float:
         """Seconds by which the replica's clock was behind the driver's, at least; negative if it was ahead.
@@ -203,19 +185,14 @@ class ChunkDetails:
         """The same, all of it so much later, apart from what was seen of GPUs, whose times are told by themselves."""
         return replace(
             self,
-            started=self.started + seconds,
-            loaded=self.loaded + seconds,
-            ended=self.ended + seconds,
-            samples=_later(self.samples, seconds),
-            earlier=tuple(life.later(seconds) for life in self.earlier),
+            lives=tuple(life.later(seconds) for life in self.lives),
             stalls=tuple(replace(stall, at=stall.at + seconds) for stall in self.stalls),
         )
 
     def to_json(self) -> str:
         """One line of text."""
-        earlier = [asdict(replace(life, samples=())) | {"samples": _plain(life.samples)} for life in self.earlier]
-        content = asdict(replace(self, samples=(), earlier=())) | {"samples": _plain(self.samples), "earlier": earlier}
-        return json.dumps(content, separators=(",", ":"))
+        lives = [asdict(replace(life, samples=())) | {"samples": _plain(life.samples)} for life in self.lives]
+        return json.dumps(asdict(replace(self, lives=())) | {"lives": lives}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> ChunkDetails:
@@ -225,10 +202,9 @@ class ChunkDetails:
             ValueError, TypeError, KeyError: the text is something else.
         """
         content: dict[str, Any] = json.loads(text)
-        lives = content["earlier"]
-        for each in (content, *lives):
-            each["samples"] = tuple(Sample(*sample) for sample in each["samples"])
-        content["earlier"] = tuple(EngineLife(**life) for life in lives)
+        for life in content["lives"]:
+            life["samples"] = tuple(Sample(*sample) for sample in life["samples"])
+        content["lives"] = tuple(EngineLife(**life) for life in content["lives"])
         for name in ("latencies", "prompt_lengths", "response_lengths"):
             content[name] = {float(bound): number for bound, number in content[name].items()}
         content["examples"] = tuple(Example(**each) for each in content["examples"])
@@ -241,10 +217,6 @@ class ChunkDetails:
 def gpu_use(content: Mapping[str, Any]) -> GpuUse:
     """A `GpuUse` out of JSON."""
     return GpuUse(**{**content, "throttle_reasons": tuple(content["throttle_reasons"])})
-
-
-def _later(samples: tuple[Sample, ...], seconds: float) -> tuple[Sample, ...]:
-    return tuple(replace(sample, at=sample.at + seconds) for sample in samples)
 
 
 def _plain(samples: tuple[Sample, ...]) -> list[list[float]]:

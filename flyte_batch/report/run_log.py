@@ -107,7 +107,7 @@ class EngineLog:
         samples: in the order of time.
         rows: answered.
         tokens: of prompts and responses.
-        is_told: whether its calls say when their device was at work: see `ChunkDetails`.
+        is_told: whether its calls say when their device was at work: see `EngineLife`.
     """
 
     batcher: str
@@ -296,9 +296,7 @@ class RunLog:
             alike = [known.gist for known in self.examples if known.cause == example.cause]
             if example.cause in self.causes and len(alike) < MOST_EXAMPLES and example.gist not in alike:
                 self.examples.append(example)
-        rows = entry.rows - sum(life.rows for life in details.earlier)
-        tokens = entry.prompt_tokens + entry.response_tokens - sum(life.tokens for life in details.earlier)
-        for life in (*details.earlier, details.last_life(rows, tokens)):
+        for life in details.lives:
             engine = self.engines.setdefault(
                 life.batcher,
                 EngineLog(

@@ -500,9 +500,10 @@ async def test_a_chunks_events_carry_its_scope_and_the_parts_own_counts(tmp_path
     assert {(example.row, example.cause) for example in details.examples} == {(3, "ValueError"), (7, "BadRecord")}
     assert sum(details.latencies.values()) == 9
     assert sum(details.prompt_lengths.values()) == sum(details.response_lengths.values()) == 8
-    assert details.samples[-1].completed - details.samples[0].completed == 9
-    elapsed = [sample.busy_s + sample.starved_s + sample.assembling_s + sample.late_s for sample in details.samples]
-    assert elapsed[-1] - elapsed[0] == pytest.approx(details.samples[-1].at - details.samples[0].at, abs=0.01)
+    (life,) = details.lives
+    assert life.samples[-1].completed - life.samples[0].completed == 9
+    elapsed = [sample.busy_s + sample.starved_s + sample.assembling_s + sample.late_s for sample in life.samples]
+    assert elapsed[-1] - elapsed[0] == pytest.approx(life.samples[-1].at - life.samples[0].at, abs=0.01)
 
 
 @pytest.mark.parametrize("how", ["fails", "cancelled", "too late"])

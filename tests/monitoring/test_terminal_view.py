@@ -28,7 +28,7 @@ import logging, os, sys
 early = logging.StreamHandler()  # holds the terminal before the view does
 logging.getLogger("early").addHandler(early)
 from rich.console import Console
-from flyte_batch.monitoring.details import ChunkDetails, Sample
+from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Sample
 from flyte_batch.progress import RunView
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 clock = [1000.0]
@@ -38,7 +38,8 @@ def chunk(process, causes):
     clock[0] += 10
     at, index = clock[0], len(log.chunks)
     meter = lambda at: Sample(at, at * 0.7, at * 0.3, 0, 0, 0, 0, 0, 3000, 7)
-    details = ChunkDetails(process, process, "Engine", at - 10, at - 9, at, (meter(at - 9), meter(at)), causes=causes)
+    life = EngineLife(process, "Engine", at - 10, at - 9, at, (meter(at - 9), meter(at)), 100, 1000)
+    details = ChunkDetails(process, (life,), causes=causes)
     entry = ChunkEntry(index, 100, sum(causes.values()), 400, 600, process, at - 10, at)
     log.add_chunk(entry, details)
     view.refresh()
