@@ -156,7 +156,7 @@ class _Files:
             logs = [*self._others, log]
             self._content = logs_to_json(logs)
             storage.write_atomically(location, self._content)
-            if len(self._samples) < SAMPLES and (published or last):
+            if last or (published and len(self._samples) < SAMPLES):  # the last: a retry may have replaced some
                 self._samples = sample_answers(self._folder, log)
             if last:
                 page = render_page(logs, self._samples)

@@ -39,7 +39,9 @@ class SampleAnswer:
 
 
 def sample_answers(folder: Location, log: RunLog | None = None, count: int = SAMPLES) -> list[SampleAnswer]:
-    """The first rows of the first parts, ``count`` in all; fewer where there are fewer. Long values are cut.
+    """The first rows of the first parts of an output's last run, ``count`` in all; fewer where there are fewer.
+
+    Long values are cut.
 
     Args:
         folder: the output, finished or not.
@@ -50,9 +52,10 @@ def sample_answers(folder: Location, log: RunLog | None = None, count: int = SAM
         OSError: the storage can't be read for now.
     """
     from flyte_batch.data import storage
+    from flyte_batch.data.manifest import read_run
+    from flyte_batch.data.output import current_parts
 
-    files = [entry for entry in storage.entries(folder) if entry.is_file and entry.name.endswith(".parquet")]
-    parts = files[:MOST_PARTS]
+    parts = current_parts(read_run(folder), storage.entries(folder))[:MOST_PARTS]
     texts = list(_texts(log.settings)) if log is not None else []
     each = -(-count // max(1, len(parts)))
     found: list[SampleAnswer] = []

@@ -724,7 +724,8 @@ async def test_stats_tell_how_many_records_were_in_flight_and_when_there_were_no
         await settle()
         stats = batcher.stats
         assert (stats.running, stats.queued) == (4, 2)
-        assert stats.avg_in_flight == pytest.approx(4, rel=0.2)
+        await until(lambda: batcher.stats.avg_in_flight > 3.9)  # the time in which they were launched counts, too
+        assert batcher.stats.avg_in_flight <= 4
         steps.run()
         await soon(asyncio.gather(*futures))
         stats = batcher.stats

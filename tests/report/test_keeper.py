@@ -19,6 +19,7 @@ from flyte_batch.report.history import LOG_FILE, MOST_RUNS, logs_of, other_logs
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper, pause_s
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
 from tests.report.logs import STARTED, make_log, with_stalls
+from tests.report.outputs import write_output
 from tests.report.parsing import parse
 
 
@@ -75,6 +76,20 @@ async def test_while_the_run_goes_on_the_log_is_written_and_the_fragment_publish
             pass
         finish(log)
     assert kept(tmp_path) == [log]
+
+
+async def test_the_page_shows_the_answers_that_are_there_at_the_end(tmp_path: Path) -> None:
+    """Rows that failed may have been done again since the first fragment."""
+    log, shown, rows = running_log(), Shown(), [{"q": f"{n}"} for n in range(8)]
+    write_output(tmp_path / "out", rows, failed=frozenset(range(8)))
+    folder = storage.locate(tmp_path / "out")
+    async with ReportKeeper(log, folder, shown, every_s=0.01):
+        assert "bad 0" in await shown.wait()
+        write_output(tmp_path / "out", rows)
+        finish(log)
+    for html in (shown.fragments[-1], (tmp_path / "out" / PAGE_FILE).read_text()):
+        assert "answer 0" in html
+        assert "bad 0" not in html
 
 
 @pytest.mark.parametrize(("took_s", "wait_s"), [(0.0, 10.0), (0.5, 10.0), (1.0, 19.0), (60.0, 1140.0)])

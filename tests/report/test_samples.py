@@ -9,27 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import flyte_batch as fb
 from flyte_batch.data import storage
-from flyte_batch.data.chunks import Chunk, plan_chunks, read_chunk
-from flyte_batch.data.parts import write_part
-from flyte_batch.data.sources import open_source
-from flyte_batch.errors import BadRecord
-from flyte_batch.records import Completion
 from flyte_batch.report.samples import MOST_CHARACTERS, SampleAnswer, sample_answers
+from tests.helpers import questions
 from tests.report.logs import make_log
-
-
-def write_output(folder: Path, rows: list[dict[str, Any]], failed: frozenset[int] = frozenset()) -> list[Chunk]:
-    """An output of four rows a chunk, without a manifest; rows are answered with their number, or fail."""
-    folder.mkdir(parents=True)
-    source = folder.parent / f"{folder.name}.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), source)
-    chunks = plan_chunks(open_source(str(source)), str(folder), 4, settings={})
-    for chunk in chunks:
-        numbers = range(chunk.first_row, chunk.first_row + chunk.rows)
-        results = [BadRecord(f"bad {n}") if n in failed else Completion(f"answer {n}", "stop", 5, 2) for n in numbers]
-        write_part(chunk, read_chunk(chunk), results)
-    return chunks
+from tests.report.outputs import write_output
 
 
 def test_the_first_rows_of_the_first_parts_are_shown_with_answers_and_errors(tmp_path: Path) -> None:
@@ -39,6 +24,30 @@ def test_the_first_rows_of_the_first_parts_are_shown_with_answers_and_errors(tmp
     assert [each.row for each in found] == [0, 1, 4, 5, 8]
     assert found[0] == SampleAnswer(0, {"id": "0", "question": "question 0"}, "answer 0", None)
     assert (found[2].response, found[2].error) == (None, "BadRecord: bad 4")
+
+
+async def test_answers_of_a_run_that_this_one_replaces_are_none_of_its_own(tmp_path: Path) -> None:
+    """They lie beside its own until it commits, and are deleted then."""
+    source, output = questions(tmp_path / "in.jsonl", 40), tmp_path / "out"
+    seen: list[list[str | None]] = []
+
+    def solving(word: str) -> Any:
+        @fb.singleton
+        async def solver() -> fb.EngineBatcher[Any, Any]:
+            return fb.EngineBatcher(fb.FakeEngine(lambda _: word), batch_timeout_s=0.001)
+
+        async def infer_chunk(chunk: fb.Chunk) -> fb.ChunkReport:
+            report = await fb.infer(chunk, solver, prompt="{question}")
+            seen.append([each.response for each in sample_answers(storage.locate(output))])
+            return report
+
+        return infer_chunk
+
+    await fb.run(source, str(output), solving("old"), chunk_size=10, settings={"word": "old"})
+    options: Any = {"settings": {"word": "new"}, "overwrite": True, "concurrency": 1}
+    await fb.run(source, str(output), solving("new"), chunk_size=10, **options)
+    assert {word for words in seen[:4] for word in words} == {"old"}
+    assert {word for words in seen[4:] for word in words} == {"new"}
 
 
 @pytest.mark.parametrize("settings", [{"prompt": {"text": "Q: {f} {e}"}}, {"prompt": {"column": "f", "other": ["e"]}}])
