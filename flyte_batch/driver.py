@@ -31,7 +31,7 @@ from flyte_batch.progress import ProgressMode, RunView, check_mode
 from flyte_batch.progress.texts import by_earlier_runs
 from flyte_batch.replica import check_driver
 from flyte_batch.report.answer import utilization
-from flyte_batch.report.formats import seconds
+from flyte_batch.report.formats import plural, seconds
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper
 from flyte_batch.report.run_log import ChunkEntry, Plan, RunLog
 from flyte_batch.versions import versions
@@ -214,12 +214,12 @@ async def run(
             output=target.path,
         )
     why = ", see the column 'error'" if summary.failures else ""
-    done = f"{summary.rows:,} rows{by_earlier_runs(summary.rows, plan.rows_reused)}"
+    done = f"{plural(summary.rows, 'row')}{by_earlier_runs(summary.rows, plan.rows_reused)}"
     busy = f", device busy {utilization(log.time_shares())}" if log.engines else ""
     page = f"; how it went: {PAGE_FILE} there" if keeper.has_page else ""
     view.say(
-        f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; {summary.chunks} parts, "
-        f"{summary.chunks_reused} of them kept: {summary.output}{page}"
+        f"{done}, {summary.failures:,} failed{why}; {seconds(summary.seconds)}{busy}; "
+        f"{plural(summary.chunks, 'part')}, {summary.chunks_reused} of them kept: {summary.output}{page}"
     )
     return summary
 
@@ -478,5 +478,5 @@ def _describe_failures(failures: int, rows: int, rate: float, output: str) -> st
     return (
         f"{failures} of {rows} rows failed, {allowed}; the column 'error' of the parts in {output} says why. "
         + ("Fix the source or the prompt" if failures == rows else "Fix the source, raise max_failure_rate")
-        + ", or try the failed rows again with retry_failures"
+        + ", or try the failed rows again with retry_failures (--retry_failures)"
     )

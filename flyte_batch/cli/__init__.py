@@ -35,6 +35,9 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.group(cls=_Commands, name="batch")
-def batch() -> None:
+@click.group(cls=_Commands, name="batch", invoke_without_command=True)
+@click.pass_context
+def batch(ctx: click.Context) -> None:
     """Batch inference: reports, load tests, checks, dashboards, profiles."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

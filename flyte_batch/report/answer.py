@@ -64,7 +64,7 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
         left = seconds_left(log)
         later = f"about {seconds(left)} left" if left is not None else "too early to say how long it will take"
         share = percent(log.rows / of_rows) if of_rows else "0%"
-        so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {seconds(log.seconds)}{earlier}"
+        so_far = f"{count(log.rows)} of {plural(of_rows, 'row')} done ({share}) after {elapsed(log)}{earlier}"
         return f"{so_far}{failed}; {later}."
     if log.outcome != "done":
         word = "No word any more" if log.outcome == "unfinished" else status(log)
@@ -73,7 +73,7 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
             if log.rows
             else "with no row done"
         )
-        return f"{word} after {seconds(log.seconds)}, {kept}."
+        return f"{word} after {elapsed(log)}, {kept}."
     if not log.rows_done:
         return f"Nothing was left to do: earlier runs had done all {plural(log.rows, 'row')}{failed}."
     replicas = plural(replicas_seen(log), "replica")
@@ -86,6 +86,11 @@ def sentence(log: RunLog, shares: TimeShares) -> str:
         f"{count(answered)} of {plural(of_rows, 'row')} answered in {seconds(log.seconds)} by {replicas}, "
         f"busy {utilization(shares)} of the time{there_already}{failed}."
     )
+
+
+def elapsed(log: RunLog) -> str:
+    """From the run's start to its end, as far as its log knows."""
+    return ("at least " if log.rows_untold else "") + seconds(log.seconds)
 
 
 def utilization(shares: TimeShares) -> str:
@@ -111,7 +116,7 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
         if shares.is_upper_bound:
             note += f", {seconds(shares.doubtful)} of these in doubt: the event loop stood still"
         found += [
-            Figure("Time", seconds(log.seconds), plural(replicas_seen(log), "replica") if log.engines else ""),
+            Figure("Time", elapsed(log), plural(replicas_seen(log), "replica") if log.engines else ""),
             Figure("Utilisation", utilization(shares) if shares.total else "none", note if shares.total else ""),
         ]
     if knows_times(log) and log.seconds > 0 and log.rows_done:
@@ -125,8 +130,9 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
         tokens_note += f"; {count(tokens_done(log))} of them by this run"
     found.append(Figure("Tokens", count(log.prompt_tokens + log.response_tokens), tokens_note))
     lost = sum(bool(chunk.error) for chunk in log.chunks)
-    if log.cost is not None and lost and not log.engines:
-        found.append(Figure("Cost", "unknown", "chunks that failed tell no times"))
+    if log.cost is not None and (lost or log.rows_untold) and not log.engines:
+        why = "chunks that failed tell no times" if lost else "no chunk had told its times when the log was written"
+        found.append(Figure("Cost", "unknown", why))
     elif log.cost is not None:
         note = f"{seconds(log.replica_seconds)} of replicas at {number(log.plan.price_per_hour or 0)} an hour"
         if log.plan.rows_reused:
@@ -135,7 +141,9 @@ def figures(log: RunLog, shares: TimeShares) -> list[Figure]:
             note += f"; {money(log.cost / done * 1e6)} per million tokens"
         if lost:
             note += f"; what {plural(lost, 'chunk')} that failed took may be missing"
-        found.append(Figure("Cost", ("at least " if lost else "") + money(log.cost), note))
+        if log.rows_untold:
+            note += f"; what {plural(log.rows_untold, 'row')} took that came after the log was written is missing"
+        found.append(Figure("Cost", ("at least " if lost or log.rows_untold else "") + money(log.cost), note))
     energy = gpu.energy_j(gpu.gpu_totals(log.gpus))
     per_million = gpu.wh_per_million_tokens(energy, tokens_done(log))
     if energy is not None and per_million is not None:

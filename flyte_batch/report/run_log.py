@@ -337,6 +337,11 @@ class RunLog:
         return sum(chunk.rows for chunk in self.chunks if not chunk.error)
 
     @property
+    def rows_untold(self) -> int:
+        """In parts of this run that came after its log was written last: no times are known of them."""
+        return max(0, self.rows - self.plan.rows_reused - self.rows_done)
+
+    @property
     def utilization(self) -> float:
         """Share (0-1) of the time of all engines in which their devices were at work; see `TimeShares`."""
         return self.time_shares().utilization

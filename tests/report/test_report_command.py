@@ -400,3 +400,12 @@ def test_it_is_a_command_of_flyte(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "8,000 of 8,000 rows answered" in done.stdout
+
+
+def test_flyte_batch_alone_names_its_commands() -> None:
+    done = subprocess.run(
+        [FLYTE, "batch"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("report", "load", "check", "dashboards", "kernels"):
+        assert re.search(rf"^ +{command} ", done.stdout, re.MULTILINE)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from flyte_batch.report.answer import knows_times, status, utilization
-from flyte_batch.report.formats import count, cut, moment, seconds
+from flyte_batch.report.answer import elapsed, knows_times, status, utilization
+from flyte_batch.report.formats import count, cut, moment
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Table
 
@@ -19,7 +19,7 @@ def earlier_runs(logs: Sequence[RunLog]) -> Table | None:
         [
             moment(log.started),
             status(log),
-            seconds(log.seconds),
+            elapsed(log),
             count(_left_by(log, later)),
             utilization(log.time_shares()) if log.engines else "–",
             cut(log.error, 300) or "–",

@@ -19,5 +19,6 @@ def causes(log: RunLog) -> Table | None:
 def examples(log: RunLog) -> Table | None:
     if not log.examples:
         return None
-    rows = [[count(each.row), each.cause, each.message] for each in log.examples]
+    # Tracebacks and bodies of answers have many lines, and would be most of the page.
+    rows = [[count(each.row), each.cause, " ".join(each.message.split())] for each in log.examples]
     return Table("Failed rows of this run, for example", ("Row", "Cause", "Message"), rows, frozenset({1, 2}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flyte_batch.report.advice import mean_fill, measured_rows_per_s, replicas_seen
-from flyte_batch.report.answer import knows_times
+from flyte_batch.report.answer import elapsed, knows_times
 from flyte_batch.report.formats import count, number, percent, said, seconds
 from flyte_batch.report.run_log import RunLog
 from flyte_batch.report.sections.elements import Table
@@ -29,7 +29,7 @@ def plan_table(log: RunLog) -> Table:
         [
             "Time for the rows to do",
             seconds(expected),
-            seconds(log.seconds) if knows_times(log) and log.outcome != "running" else unknown,
+            elapsed(log) if knows_times(log) and log.outcome != "running" else unknown,
         ],
     ]
     if not knows_times(log):  # the parts know how the output was cut, and no more
