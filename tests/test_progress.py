@@ -325,7 +325,7 @@ async def test_the_queues_of_this_process_are_those_of_its_batchers() -> None:
 def test_what_took_the_other_time_is_named_by_size() -> None:
     log = a_log()
     add(log, 20)
-    log.ended = 30  # ten seconds of tail after ten of a chunk
+    log.ended, log.outcome = 30, "done"  # ten seconds of tail after ten of a chunk
     assert idle(Figures.of(log).shares) == "tail 50%, starved 14%, loading 5.0%"
 
 

@@ -50,7 +50,7 @@ def details(
 
 
 def log_of(*chunks: ChunkDetails, started: float = 0.0, ended: float = 10.0) -> RunLog:
-    log = RunLog("out", "in.jsonl", {}, PLAN, started=started, ended=ended)
+    log = RunLog("out", "in.jsonl", {}, PLAN, started=started, ended=ended, outcome="done")
     for index, each in enumerate(chunks):
         log.add_chunk(ChunkEntry(index, 10, 0, 5, 5, each.batcher, each.began, each.ended), each)
     return log
@@ -63,6 +63,15 @@ def test_each_second_of_an_engine_is_counted_once_however_many_chunks_shared_it(
     )
     assert log.time_shares() == TimeShares(busy=5, loading=1, starved=2, tail=2)
     assert log.utilization == 0.5
+
+
+@pytest.mark.parametrize("outcome", ["running", "failed", "cancelled", "unfinished"])
+def test_what_an_engine_did_since_its_last_chunk_nobody_knows_of_a_run_that_is_not_done(outcome: Any) -> None:
+    log = log_of(details("a", 0, 1, 8, sample(1), sample(8, busy=7)), ended=100.0)
+    log.outcome = outcome
+    assert log.time_shares() == TimeShares(busy=7, loading=1)
+    log.add_chunk(ChunkEntry(1, 10, 0, 5, 5, "b", 20, 30), details("b", 20, 21, 30, sample(21), sample(30, busy=9)))
+    assert log.time_shares() == TimeShares(busy=16, loading=2, tail=12)  # until its process had another one
 
 
 def test_all_shares_together_are_the_time_of_the_engines() -> None:

@@ -201,7 +201,7 @@ class DynamicBatcher(Batcher[RecordT, ResultT]):
             started_at = time.time()
             self._teller.tell_soon()  # of the half before
             outcome = await self._processor.call(batch.records, call)
-            self._meter.landed(call, 0)
+            self._meter.landed(call, 0, has_results=isinstance(outcome, list))
             self._count(batch)
             if isinstance(outcome, list):
                 todo.pop()

@@ -283,7 +283,7 @@ class ContinuousBatcher(EngineOwner[RecordT, Completion, ContinuousEngine[Record
         del self._flights[flight]
         # Sums of floats drift; nothing in flight costs nothing.
         self._cost = self._cost - flight.cost if self._flights else 0
-        self._meter.landed(flight.call, len(self._flights))
+        self._meter.landed(flight.call, len(self._flights), has_results=error is None)
         self._meter.loop_blocked_s = self._watch.blocked_s
         if isinstance(error, EngineDead | SystemExit | KeyboardInterrupt):
             if not flight.unwanted:

@@ -35,6 +35,10 @@ _BEGIN_S = 0.005
 """How long the event loop waits for a batch's thread to begin, at most; some 0.05 ms suffice where a core is free."""
 
 
+_on_threads: set[object] = set()
+"""Calls under way on threads, of all batchers."""
+
+
 def name_of(fn: object) -> str:
     """How the user would recognise the function in a message."""
     while isinstance(fn, functools.partial):
@@ -150,7 +154,6 @@ class Processor(Generic[RecordT, ResultT]):
     Args:
         fn: the user's function.
         blocked_loop_warning_s: how long one step of an ``async`` function may hold the loop before a warning, seconds.
-
     """
 
     def __init__(self, fn: ProcessFn[RecordT, ResultT], *, blocked_loop_warning_s: float) -> None:
@@ -206,13 +209,19 @@ class Processor(Generic[RecordT, ResultT]):
             # One thread, always the same: engines keep per-thread state, and a batch at a time is the contract.
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"batcher-{self.name}")
         context, begun = contextvars.copy_context(), threading.Event()
+        is_alone = not _on_threads
+        _on_threads.add(begun)
         outcome = asyncio.get_running_loop().run_in_executor(
             self._thread, context.run, _outcome_of, self._fn, records, begun
         )
         # To begin, the thread needs the interpreter's lock, which the many that wait for their turn on this loop would
-        # hold for milliseconds. The device goes first.
-        begun.wait(_BEGIN_S)
-        return await outcome
+        # hold for milliseconds. The device goes first; not where other batchers' threads may hold it as long.
+        if is_alone:
+            begun.wait(_BEGIN_S)
+        try:
+            return await outcome
+        finally:
+            _on_threads.discard(begun)
 
 
 def _outcome_of(

@@ -136,8 +136,6 @@ class Meter:
     Args:
         clock: seconds, monotonic; the one by which calls say when their device was at work.
 
-    Attributes:
-        is_told: whether calls say that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -151,11 +149,16 @@ class Meter:
         # Each swapped as a whole: another thread may take a snapshot meanwhile.
         self._phases: tuple[Phase, float, dict[Phase, float]] = "off", clock(), dict.fromkeys(get_args(Phase), 0.0)
         self._on_device: tuple[int, float, float] = 0, clock(), 0.0
-        self.is_told = False
+        self._told = self._untold = False
         self._calls: deque[DeviceCall] = deque()  # as they were made, from the first that is not back
         # Of calls that are back; a heap, because those that are not may have begun before.
         self._spells: list[tuple[float, float]] = []
         self._worked_until = 0.0  # by all others
+
+    @property
+    def is_told(self) -> bool:
+        """Whether calls say when their device was at work, all that brought results."""
+        return self._told and not self._untold
 
     @property
     def phase(self) -> Phase:
@@ -190,7 +193,7 @@ class Meter:
         self._count_on_device(on_device, now)
         return call
 
-    def landed(self, call: DeviceCall, on_device: int) -> None:
+    def landed(self, call: DeviceCall, on_device: int, *, has_results: bool = True) -> None:
         """A call is back, and so many records are on the device from now on. After the last one the time is late.
 
         Seconds in which, as it turns out, the device was at work on no call were late, not busy.
@@ -201,8 +204,10 @@ class Meter:
         else:
             call.spell = call.made, now
             if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
-                self.is_told = True  # else by another clock
+                self._told = True  # else by another clock
                 call.spell = call.began, call.ended
+            elif has_results:
+                self._untold = True
             heapq.heappush(self._spells, call.spell)
         self._work_out(now)
         if not on_device:

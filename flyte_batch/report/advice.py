@@ -31,6 +31,7 @@ FAILED = 0.01
 RATE_OFF = 2.0
 SLOW_S = 10.0
 SLOW_TIMES = 10.0
+LONG_TIMES = 4.0
 
 SLACK = 1.5
 """Times the slots that would just keep a device busy: chunks do not end evenly."""
@@ -389,6 +390,9 @@ def _latency(log: RunLog, shares: TimeShares) -> Advice | None:
     median, slow = percentile(log.latencies, 0.5), percentile(log.latencies, 0.99)
     if median is None or slow is None or slow <= SLOW_S or slow <= SLOW_TIMES * median:
         return None
+    usual, longest = percentile(log.response_lengths, 0.5), percentile(log.response_lengths, 0.99)
+    if usual is None or longest is None or longest < LONG_TIMES * usual:
+        return None  # they waited for others: records of like length go together
     return Advice(
         f"One record in a hundred took more than {number(slow / median)} times the median",
         f"The median is {seconds(median)}, p99 {seconds(slow)}: the slow ones keep their chunks open.",

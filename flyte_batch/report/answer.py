@@ -41,7 +41,9 @@ def seconds_left(log: RunLog) -> float | None:
     to_do = log.plan.rows - log.plan.rows_reused
     if log.outcome != "running" or log.seconds <= 0 or log.rows_done < ENOUGH_TO_ESTIMATE * to_do or not log.rows_done:
         return None
-    return (to_do - log.rows_done) / (log.rows_done / log.seconds)
+    last = max((chunk.ended for chunk in log.chunks if chunk.ended is not None), default=log.ended)
+    took = max(0.0, last - log.started) or log.seconds  # since then there may be much that no chunk has told
+    return max(0.0, (to_do - log.rows_done) * took / log.rows_done - (log.ended - log.started - took))
 
 
 def status(log: RunLog) -> str:

@@ -125,10 +125,10 @@ class EngineLog:
         """Take in what it did for a chunk."""
         self.started = min(self.started, life.started)
         self.loaded = min(self.loaded, life.loaded)
-        self.ended = max(self.ended, life.ended)
+        if life.ended >= self.ended:
+            self.ended, self.is_told = life.ended, life.is_told
         self.rows += life.rows
         self.tokens += life.tokens
-        self.is_told |= life.is_told
         for sample in life.samples:
             at = bisect.bisect_left(self.samples, sample.at, key=lambda known: known.at)
             if at == len(self.samples) or self.samples[at].at != sample.at:
@@ -351,13 +351,17 @@ class RunLog:
         return sum((self.engine_time(each) for each in self.engines.values()), TimeShares())
 
     def engine_time(self, engine: EngineLog) -> TimeShares:
-        """Where an engine's seconds went, from its first chunk to the run's end, or to its successor's first chunk."""
+        """Where an engine's seconds went, from its first chunk to the run's end, or to its successor's first chunk.
+
+        Of a run that is not done nobody knows what the engine did since its last chunk.
+        """
         later = [
             each.started
             for each in self.engines.values()
             if each.process == engine.process and each.started > engine.started
         ]
-        end = max(engine.ended, min([self.ended, *later]))
+        ends = [*later, self.ended] if self.outcome == "done" else later
+        end = max(engine.ended, min(ends, default=engine.ended))
         first = engine.samples[0].at if engine.samples else engine.loaded
         last = engine.samples[-1].at if engine.samples else engine.loaded
         total = TimeShares(loading=max(0.0, first - engine.started), tail=max(0.0, end - last))

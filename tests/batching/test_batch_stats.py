@@ -107,6 +107,23 @@ def test_times_that_can_not_be_by_the_meters_clock_are_not_believed():
         assert (stats.busy_time_s, stats.late_time_s, meter.is_told) == (9, 0, False)
 
 
+def test_calls_say_when_the_device_was_at_work_only_if_all_with_results_do():
+    meter = Meter(Clock())
+
+    def call(*, says: bool, has_results: bool) -> bool:
+        made = meter.launched(1)
+        if says:
+            made.worked(0, 0)
+        meter.landed(made, 0, has_results=has_results)
+        return meter.is_told
+
+    assert not call(says=False, has_results=False)
+    assert call(says=True, has_results=True)
+    assert call(says=False, has_results=False)  # refused, or cancelled: there was nothing to say
+    assert not call(says=False, has_results=True)  # said to another call, by a task that serves many
+    assert not call(says=True, has_results=True)
+
+
 def test_a_call_that_hangs_does_not_keep_all_that_follow_it():
     clock = Clock()
     meter = Meter(clock)

@@ -223,9 +223,11 @@ def test_a_run_of_seconds_is_too_short_to_speak_of_its_time() -> None:
 
 
 def test_slow_records_are_told_where_they_are_few_and_far_beyond_the_others() -> None:
-    assert "more than 20 times" in only(make_log(latencies={1.0: 980, 19.9526231: 20})).title
-    assert titles(make_log(latencies={1.0: 995, 19.9526231: 5})) == []
-    assert titles(make_log(latencies={10.0: 980, 19.9526231: 20})) == []
+    slow, long = {1.0: 980, 19.9526231: 20}, {16.0: 980, 96.0: 20}
+    assert "more than 20 times" in only(make_log(latencies=slow, response_lengths=long)).title
+    assert titles(make_log(latencies={1.0: 995, 19.9526231: 5}, response_lengths=long)) == []
+    assert titles(make_log(latencies={10.0: 980, 19.9526231: 20}, response_lengths=long)) == []
+    assert titles(make_log(latencies=slow, response_lengths={16.0: 980, 48.0: 20})) == []  # they waited in the queue
 
 
 def test_while_a_run_goes_on_nothing_is_said_of_its_load_and_its_tail() -> None:
