@@ -62,9 +62,14 @@ def _identity(log: RunLog) -> tuple[float, str, str]:
 
 
 def detailed(logs: Sequence[RunLog]) -> RunLog:
-    """The run to tell of: the last one; if that found nothing to do, the last that did something."""
-    last = logs[-1]
-    return last if last.outcome != "done" else _busy(logs) or last
+    """The run to tell of: the last one; if that found nothing to do, the last that did something.
+
+    But one whose rows are not all of the output's, or more than these, does not tell what there is now.
+    """
+    last, busy = logs[-1], _busy(logs)
+    if last.outcome != "done" or busy is None or busy.rows != last.plan.rows:
+        return last
+    return busy
 
 
 def _busy(logs: Sequence[RunLog]) -> RunLog | None:

@@ -196,14 +196,21 @@ async def test_of_a_killed_run_that_retries_failures_parts_that_it_did_not_come_
     log = make_log(replicas=0, outcome="running", plan=make_plan(rows=ROWS, chunks=6, chunk_rows=50))
     written = (output / RUN_FILE).stat().st_mtime + 60
     os.utime(next(output.glob("part-000000000000-*.parquet")), (written, written))
-    for logs in ((output / LOG_FILE).read_bytes(), logs_to_json([log])):
+    for logs in (logs_to_json([log]), (output / LOG_FILE).read_bytes()):
         (output / LOG_FILE).write_bytes(logs)
         caplog.clear()
         told = figures(output)
         assert (told["rows"], told["failures"], told["causes"]) == (ROWS - 100, 1, {"BadRecord": 1})
         assert f"not counted: 100 rows of earlier runs in {output}, of which 2 failed" in caplog.text
-    await run(tmp_path)
+    await run(tmp_path)  # finds all rows done
     assert (figures(output)["rows"], figures(output)["failures"]) == (ROWS, 3)
+
+
+async def test_a_run_that_only_gives_up_rows_tells_of_those_that_are_left(tmp_path: Path) -> None:
+    await run(tmp_path)
+    output = await run(tmp_path, limit=100, overwrite=True)
+    assert (figures(output)["rows"], figures(output)["failures"]) == (100, 1)
+    assert pq.read_table(output).num_rows == 100
 
 
 async def test_a_part_that_can_not_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -407,5 +414,5 @@ def test_flyte_batch_alone_names_its_commands() -> None:
         [FLYTE, "batch"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("report", "load", "check", "dashboards", "kernels"):
-        assert re.search(rf"^ +{command} ", done.stdout, re.MULTILINE)
+    for name in ("report", "load", "check", "dashboards", "kernels"):
+        assert re.search(rf"^ +{name} ", done.stdout, re.MULTILINE)
