@@ -24,7 +24,7 @@ from flyte_batch.monitoring.backends import attach_backends
 from flyte_batch.monitoring.details import ChunkDetails, EngineLife, Example
 from flyte_batch.monitoring.hooks import emit
 from flyte_batch.monitoring.recorder import ChunkRecording, recorder
-from flyte_batch.monitoring.scope import new_scope, process_name, scope_entered
+from flyte_batch.monitoring.scope import new_scope, process_name, rows_entered, scope_entered
 from flyte_batch.pipeline import GONE, Failure, Pipeline
 from flyte_batch.prompts import PromptFunction, PromptTemplate, Row, prompt_columns, prompt_function
 from flyte_batch.records import Chat, Completion, Prompt
@@ -299,14 +299,14 @@ class _Task:
             EngineDead, BatcherDied, BatcherNotRunning: the batcher can't go on; what was answered stays in ``results``.
         """
 
-        def prepare(index: int) -> Any:
+        def prepare(index: int) -> tuple[int, Any]:
             asked = self.ask(self._row(index))
             prompt = Prompt(asked) if isinstance(asked, str) else asked
             if isinstance(prompt, Prompt | Chat) and prompt.seed is None:
                 # The row's number in the source: the same in every run, whatever the chunks' size. A new prompt,
                 # because a prompt function may return one object for several rows.
                 prompt = replace(prompt, seed=self.first_row + index)
-            return batcher.engine.prepare(prompt)
+            return self.first_row + index, batcher.engine.prepare(prompt)
 
         def finish(index: int, completion: Completion) -> tuple[int, Completion]:
             if self.finish is None:
@@ -317,7 +317,7 @@ class _Task:
             return index, replace(completion, text=text)
 
         todo = [index for index, result in enumerate(self.results) if result is None]
-        pipeline = Pipeline(prepare, batcher, finish)
+        pipeline = Pipeline(prepare, _RowMapper(batcher), finish)
         async with aclosing(pipeline.run(todo, ordered=False, errors="yield")) as outputs:
             async for output in outputs:
                 if isinstance(output, Failure):
@@ -337,6 +337,18 @@ class _Task:
             if isinstance(value, Undecodable):
                 raise BadRecord(f"column {column!r} is no valid UTF-8: {value}")
         return row
+
+
+class _RowMapper:
+    """A batcher whose records come with the numbers of their rows, which its events then tell."""
+
+    def __init__(self, batcher: EngineOwner[Any, Completion, Any]) -> None:
+        self._batcher = batcher
+        self.preferred_block = batcher.preferred_block
+
+    async def map(self, records: Sequence[tuple[int, Any]], *, return_exceptions: bool = False) -> Sequence[Any]:
+        with rows_entered([row for row, _ in records]):
+            return await self._batcher.map([record for _, record in records], return_exceptions=return_exceptions)
 
 
 class _Silence:

@@ -17,7 +17,7 @@ from flyte_batch.device_calls import DeviceCall
 
 Phase = Literal["off", "starved", "assembling", "late", "busy"]
 """What the device does: not started, free with nothing waiting, free while a batch fills, free but the event loop
-has not heard of it, at work."""
+has not come to it, at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class BatchStats:
         out_of_memory: batches that did not fit the device.
         queued: records waiting at this moment.
         running: records on the device at this moment.
-        busy_time_s: seconds with a call under way, the running one included, apart from ``late_time_s``.
+        busy_time_s: seconds with a call under way, the running one included, apart from ``late_time_s``: some of those
+            of calls that are not back yet may turn out to have been late.
         record_time_s: the sum over records of their seconds on the device, running ones included.
         starved_time_s: seconds with a free device and nothing waiting: bring more records.
         assembling_time_s: seconds with a free device and records waiting for more: lower ``batch_timeout_s``.
@@ -126,7 +127,7 @@ def _ratio(part: float, whole: float, empty: float = 0.0) -> float:
     return part / whole if whole > 0 else empty
 
 
-_MOST_CALLS = 100_000
+_MOST_CALLS = 10_000
 """Calls that wait for an earlier one, beyond which that one is taken to have kept the device at work so far."""
 
 
@@ -172,6 +173,8 @@ class Meter:
         before, since, seconds = self._phases
         self._phases = phase, now, {**seconds, before: seconds[before] + now - since}
         if phase == "off":
+            if self._calls:
+                self._work_out(self._calls[0].made)
             self._calls.clear()
             self._spells.clear()
             self._count_on_device(0, now)
@@ -186,10 +189,8 @@ class Meter:
         call = DeviceCall(now)
         self._calls.append(call)
         if len(self._calls) > _MOST_CALLS:
-            first = self._calls.popleft()
-            first.spell = first.made, now
+            self._calls.popleft()
             self._worked_until = now
-            self._spells.clear()
         self._count_on_device(on_device, now)
         return call
 
@@ -199,38 +200,32 @@ class Meter:
         Seconds in which, as it turns out, the device was at work on no call were late, not busy.
         """
         now = self._clock()
-        if call.spell is not None:  # nobody waited for it any longer
-            self._worked_until = now
-        else:
-            call.spell = call.made, now
-            if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
-                self._told = True  # else by another clock
-                call.spell = call.began, call.ended
-            elif has_results:
-                self._untold = True
-            heapq.heappush(self._spells, call.spell)
-        self._work_out(now)
+        call.spell = call.made, now
+        if call.began is not None and call.ended is not None and call.made <= call.began <= call.ended <= now:
+            self._told = True  # else by another clock
+            call.spell = call.began, call.ended
+        elif has_results:
+            self._untold = True
+        heapq.heappush(self._spells, call.spell)
+        while self._calls and self._calls[0].spell is not None:
+            self._calls.popleft()
+        self._work_out(self._calls[0].made if self._calls else now)
         if not on_device:
-            self._free(now - self._worked_until)
             self._enter("late", now)
         self._count_on_device(on_device, now)
 
-    def _work_out(self, now: float) -> None:
-        """Find out when the device was free, up to where a call that is not back may have begun."""
-        while self._calls and self._calls[0].spell is not None:
-            self._calls.popleft()
-        known = self._calls[0].made if self._calls else now
+    def _work_out(self, known: float) -> None:
+        """Find out when the device was free until ``known``: all calls that were made before are back."""
+        free = 0.0
         while self._spells and self._spells[0][0] <= known:
             began, ended = heapq.heappop(self._spells)
-            self._free(began - self._worked_until)
+            free += max(0.0, began - self._worked_until)
             self._worked_until = max(self._worked_until, ended)
-
-    def _free(self, seconds: float) -> None:
-        """So many seconds were late, not busy."""
-        if seconds > 0:
-            phase, since, by_phase = self._phases
-            late, busy = by_phase["late"] + seconds, by_phase["busy"] - seconds
-            self._phases = phase, since, {**by_phase, "late": late, "busy": busy}
+        free += max(0.0, known - self._worked_until)
+        self._worked_until = max(self._worked_until, known)
+        if free:
+            phase, since, seconds = self._phases
+            self._phases = phase, since, {**seconds, "late": seconds["late"] + free, "busy": seconds["busy"] - free}
 
     def _count_on_device(self, records: int, now: float) -> None:
         running, since, record_seconds = self._on_device

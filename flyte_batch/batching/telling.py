@@ -16,6 +16,7 @@ from flyte_batch.batching.lanes import CallersLane
 from flyte_batch.batching.packing import Batch
 from flyte_batch.monitoring import events, hooks
 from flyte_batch.monitoring.events import Scope, Share
+from flyte_batch.monitoring.scope import row_of
 
 TELL_AFTER_S = 0.002
 """Long enough for the next batch, and those who wait for the last one, to be on their way."""
@@ -51,7 +52,7 @@ class _CameBack:
         records: how many.
         cost: as the batcher's budget sees it.
         out_of_memory: whether it did not fit.
-        failed: whose records got which errors; without those that the engine's death took.
+        failed: whose records got which errors, and of which rows they are; without those that the engine's death took.
         uncounted: a batch that is still to be counted, with its outcomes, and whether these are lost.
     """
 
@@ -68,7 +69,7 @@ class _CameBack:
         self.records = 0
         self.cost = 0.0
         self.out_of_memory = out_of_memory
-        self.failed: list[tuple[Scope, BaseException]] = []
+        self.failed: list[tuple[Scope, BaseException, int | None]] = []
         self.uncounted: tuple[Batch[Any, Any], Sequence[object] | None, bool] | None = None
         self._tallies: dict[Scope, _Tally] = {}
 
@@ -90,12 +91,13 @@ class _CameBack:
                 latency = max(0.0, now - arrivals[index])  # one that came and went within a millisecond
                 counts[latency] = counts.get(latency, 0) + 1
             if outcomes is not None:
-                errors = [outcome for outcome in outcomes[start:end] if isinstance(outcome, BaseException)]
+                pairs = zip(tickets, outcomes[start:end], strict=True)
+                errors = [(ticket, outcome) for ticket, outcome in pairs if isinstance(outcome, BaseException)]
                 tally.failed += len(errors)
                 if lost:
                     tally.lost += len(errors)
                 else:
-                    self.failed += [(scope, error) for error in errors]
+                    self.failed += [(scope, error, row_of(lane.context, ticket)) for ticket, error in errors]
             start = end
 
     def shares(self) -> tuple[Share, ...]:
@@ -247,9 +249,9 @@ class Teller:
 
     def _tell_of(self, back: _CameBack) -> None:
         shares = back.shares()
-        for scope, error in back.failed:
+        for scope, error, row in back.failed:
             what = type(error).__name__, str(error)
-            hooks.emit(events.RecordFailed(back.at, scope, "infer", *what, self._batcher))
+            hooks.emit(events.RecordFailed(back.at, scope, "infer", *what, self._batcher, row))
         failed = sum([share.failed for share in shares]) if shares else back.records
         self._done += 1
         told = back.started_at, back.records, failed, back.cost, back.fill, back.out_of_memory, shares

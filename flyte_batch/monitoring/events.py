@@ -140,7 +140,7 @@ class RecordFailed(Event):
         error: the error's class, the cause by which failures are counted.
         message: what it says.
         batcher: its id, "" where the record failed outside of it.
-        row: its number in the source, from 0; None in a batcher, which knows no rows.
+        row: its number in the source, from 0; None for a record that is not of a chunk.
     """
 
     scope: Scope

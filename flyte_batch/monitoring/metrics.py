@@ -119,7 +119,7 @@ OUT_OF_MEMORY = _counter("batches_out_of_memory", "Batches that did not fit the 
 DEVICE_SECONDS = _counter(
     "device_seconds",
     "Seconds of the batchers' devices; state is busy, starved (free, nothing waits), assembling (free, a batch fills) "
-    "or late (free, the event loop has not heard of it).",
+    "or late (free, the event loop has not come to it).",
     "engine",
     "state",
     unit="seconds",

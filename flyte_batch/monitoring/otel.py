@@ -557,13 +557,15 @@ class _Metrics:
 
     def _device(self, _: CallbackOptions) -> Iterator[Observation]:
         """Seconds by batcher, as those of batchers that are gone would be missing from a sum over engines."""
-        told, self._device_s = self._device_s, {}
-        for batcher in self._batchers():
+        batchers = self._batchers()
+        alive = {batcher.id for batcher in batchers}
+        told = self._device_s = {key: seconds for key, seconds in self._device_s.items() if key[0] in alive}
+        for batcher in batchers:
             stats = batcher.stats
             for state in ("busy", "starved", "assembling", "late"):
                 # Busy seconds may turn out to have been late ones, but a counter only grows.
                 seconds = max(getattr(stats, f"{state}_time_s"), told.get((batcher.id, state), 0.0))
-                self._device_s[batcher.id, state] = seconds
+                told[batcher.id, state] = seconds
                 attributes = {"engine": batcher.engine_name, "state": state, "batcher": batcher.id}
                 yield Observation(seconds, attributes)
 

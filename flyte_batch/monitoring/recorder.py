@@ -137,7 +137,7 @@ class Recorder:
                 series.take_if_due(clock.now())
             for share in event.shares:
                 recording = self._recordings.get(share.scope)
-                if recording is not None:
+                if recording is not None and share.lost < share.records:  # else they are done again
                     for seconds, records in share.latencies:
                         recording.latencies[bound(seconds, LATENCY_BOUNDS)] += records
         elif isinstance(event, LoopBlocked):

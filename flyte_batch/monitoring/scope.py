@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextvars
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from flyte_batch.monitoring.events import Scope
 
 _current: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("flyte_batch_scope", default=None)
+_rows: contextvars.ContextVar[Sequence[int] | None] = contextvars.ContextVar("flyte_batch_rows", default=None)
 
 
 def _no_action() -> tuple[str, str]:
@@ -56,6 +57,22 @@ def scope_of(context: contextvars.Context) -> Scope:
     """The scope of a caller, whose context nobody is in now."""
     scope = context.get(_current)
     return scope if scope is not None else context.run(new_scope)
+
+
+@contextmanager
+def rows_entered(rows: Sequence[int]) -> Iterator[None]:
+    """The records of a call of a batcher's ``map`` inside are made of these rows of the source, in this order."""
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def row_of(context: contextvars.Context, ticket: object) -> int | None:
+    """The row that a caller's record is made of, by its place in the call; None where nobody said so."""
+    rows = context.get(_rows)
+    return rows[ticket] if rows is not None and isinstance(ticket, int) else None
 
 
 def process_name() -> str:

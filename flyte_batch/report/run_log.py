@@ -182,7 +182,7 @@ class TimeShares:
     @property
     def utilization(self) -> float:
         """Share (0-1) of the seconds in which devices were at work; 0 without any."""
-        return min(1.0, self.busy / self.total) if self.total > 0 else 0.0
+        return min(1.0, max(0.0, self.busy / self.total)) if self.total > 0 else 0.0
 
     @property
     def is_upper_bound(self) -> bool:

@@ -107,6 +107,28 @@ def test_times_that_can_not_be_by_the_meters_clock_are_not_believed():
         assert (stats.busy_time_s, stats.late_time_s, meter.is_told) == (9, 0, False)
 
 
+def test_what_is_known_when_a_batcher_ends_is_kept_and_what_it_waited_for_is_forgotten():
+    clock = Clock()
+    meter = Meter(clock)
+    first = meter.launched(1)
+    clock.now = 4
+    meter.launched(2)
+    clock.now = 5
+    first.worked(0, 1)
+    meter.landed(first, 1)
+    clock.now = 9
+    meter.enter("off")  # with the second one out
+    assert (meter.snapshot(queued=0).busy_time_s, meter.snapshot(queued=0).late_time_s) == (6, 3)
+    clock.now = 20
+    meter.enter("starved")
+    call = meter.launched(1)
+    clock.now = 30
+    call.worked(21, 22)
+    meter.landed(call, 0)
+    stats = meter.snapshot(queued=0)
+    assert (stats.busy_time_s, stats.late_time_s, stats.starved_time_s) == (7, 12, 0)
+
+
 def test_calls_say_when_the_device_was_at_work_only_if_all_with_results_do():
     meter = Meter(Clock())
 
@@ -128,7 +150,7 @@ def test_a_call_that_hangs_does_not_keep_all_that_follow_it():
     clock = Clock()
     meter = Meter(clock)
     hangs = meter.launched(1)
-    for _ in range(200_000):
+    for _ in range(30_000):
         clock.now += 1
         call = meter.launched(2)
         call.worked(clock.now, clock.now)
@@ -139,9 +161,9 @@ def test_a_call_that_hangs_does_not_keep_all_that_follow_it():
     meter.landed(hangs, 0)
     meter.enter("starved")
     after = meter.snapshot(queued=0)
-    assert after.busy_time_s + after.late_time_s == 200_010
+    assert after.busy_time_s + after.late_time_s == 30_010
     assert after.busy_time_s >= before.busy_time_s
-    assert before.busy_time_s >= 100_000
+    assert before.busy_time_s >= 10_000
 
 
 LATER = st.integers(0, 5)

@@ -470,6 +470,45 @@ def chunk_of(folder: Path, rows: int) -> Chunk:
     return plan_chunks(opened, str(folder / "out"), rows, settings={})[0]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda answer: fb.EngineBatcher(fb.FakeEngine(answer), max_batch_size=7, batch_timeout_s=0.001),
+        lambda answer: fb.ContinuousBatcher(fb.FakeContinuousEngine(answer), max_in_flight=8),
+    ],
+)
+async def test_what_the_engine_refuses_is_told_with_its_row_whoever_else_is_served_and_in_whatever_order(
+    tmp_path: Path, heard: Listener, make: Callable[[Any], Any]
+) -> None:
+    def answer(text: str) -> str:
+        if "poison" in text:
+            raise fb.BadRecord(text)
+        return "yes"
+
+    def ask(row: dict[str, Any]) -> str:
+        if row["id"] % 11 == 4:
+            raise ValueError("no prompt for this one")
+        return f"{row['id']} {'poison' if row['id'] % 7 == 3 else 'fine'}{' word' * (row['id'] * 37 % 50)}"
+
+    @fb.singleton
+    async def solver() -> Any:
+        return make(answer)
+
+    (tmp_path / "out").mkdir()
+    opened = open_source(questions(tmp_path / "in.jsonl", 300))
+    chunks = plan_chunks(opened, str(tmp_path / "out"), 100, settings={})
+    await asyncio.gather(*(fb.infer(chunk, solver, prompt=ask) for chunk in chunks))
+    batcher = await solver()
+    with pytest.raises(fb.BadRecord):
+        await (await batcher.submit(batcher.engine.prepare(fb.Prompt("poison of nobody"))))
+    await batcher.stop()
+    refused = [event for event in heard.of(events.RecordFailed) if event.stage == "infer"]
+    assert {event.message.split()[0] for event in refused if event.row is None} == {"poison"}
+    told = [(event.row, event.scope.chunk_index) for event in refused if event.row is not None]
+    assert all(event.message.startswith(f"{event.row} poison") for event in refused if event.row is not None)
+    assert sorted(told) == [(row, row // 100) for row in range(300) if row % 7 == 3 and row % 11 != 4]
+
+
 def solver_of(engine: Any) -> Any:
     async def solver() -> fb.EngineBatcher[Any, Any]:
         return fb.EngineBatcher(engine, batch_timeout_s=0.001)
@@ -494,7 +533,7 @@ async def test_a_chunks_events_carry_its_scope_and_the_parts_own_counts(tmp_path
     assert (done.rows, done.failures, done.causes) == (10, 2, {"BadRecord": 1, "ValueError": 1})
     assert (done.prompt_tokens, done.response_tokens) == (report.prompt_tokens, report.response_tokens)
     failed = {(event.stage, event.error, event.row): event.scope for event in heard.of(events.RecordFailed)}
-    assert failed == {("prepare", "ValueError", 3): scope, ("infer", "BadRecord", None): scope}
+    assert failed == {("prepare", "ValueError", 3): scope, ("infer", "BadRecord", 7): scope}
     details = ChunkDetails.from_json(report.details)
     assert details.causes == done.causes
     assert {(example.row, example.cause) for example in details.examples} == {(3, "ValueError"), (7, "BadRecord")}

@@ -182,7 +182,7 @@ def test_screen_readers_are_told_of_landmarks_headings_and_what_each_drawing_sho
         assert len(set(names)) == len(names)
         assert names[0] == (
             "Where the seconds of all engines went One bar, from left to right: busy 52%, loading 2.1%, starved 41%, "
-            "assembling 2.0%, blocked 1.8%, tail 2.1%."
+            "assembling 2.0%, blocked 1.3%, tail 2.1%."
         )
 
 
