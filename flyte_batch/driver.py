@@ -321,19 +321,18 @@ class _FanOut:
     ) -> list[_FailedChunk]:
         """Run these chunks until too many fail by themselves, or in all; gives the failed ones."""
         failed: list[_FailedChunk] = []
-        async with aclosing(fan_out(todo, self._give, at_once)) as outcomes:
-            async for chunk, outcome in outcomes:
-                if isinstance(outcome, Exception):
-                    self._heard_of_failure(chunk, outcome)
-                    view.refresh()
-                    failed.append(_FailedChunk(chunk, outcome))
-                    own = sum(not each.may_be_anothers for each in failed)
-                    if own >= most_failed or len(failed) >= most_lost or failed[-1].is_bad_input:
-                        break
-                    continue
-                self._heard(chunk, outcome)
+        async with aclosing(fan_out(todo, self._give, at_once)) as ended:
+            async for outcomes in ended:
+                for chunk, outcome in outcomes:
+                    if isinstance(outcome, Exception):
+                        self._heard_of_failure(chunk, outcome)
+                        failed.append(_FailedChunk(chunk, outcome))
+                    else:
+                        self._heard(chunk, outcome)
                 view.refresh()
-                if self._too_many_rows_failed:
+                own = sum(not each.may_be_anothers for each in failed)
+                bad_input = any(each.is_bad_input for each in failed)
+                if self._too_many_rows_failed or own >= most_failed or len(failed) >= most_lost or bad_input:
                     break
         return failed
 
@@ -362,8 +361,10 @@ class _FanOut:
 
 async def fan_out(
     items: Iterable[T], call: Callable[[T], Awaitable[R]], concurrency: int
-) -> AsyncGenerator[tuple[T, R | Exception], None]:
-    """Call ``call`` for every item, at most ``concurrency`` at once, and yield (item, result or exception) as they end.
+) -> AsyncGenerator[list[tuple[T, R | Exception]], None]:
+    """Call ``call`` for every item, at most ``concurrency`` at once; yields (item, result or exception) as they end.
+
+    Those that ended at the same time come together: whoever leaves has heard of all that ended.
 
     Plain asyncio, so it runs the same under Flyte's local mode, where ``flyte.map`` is sequential, and remotely. Items
     are taken only as slots get free. Leaving the loop early (use ``contextlib.aclosing``) cancels what is under way.
@@ -379,10 +380,11 @@ async def fan_out(
             if not running:
                 return
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            ended: list[tuple[T, R | Exception]] = []
             for future in done:
-                item = running.pop(future)
                 outcome = _outcome(future)
-                yield item, outcome
+                ended.append((running.pop(future), outcome))
+            yield ended
     finally:
         for future in running:
             future.cancel()

@@ -90,6 +90,12 @@ def test_a_loop_that_stood_still_while_the_device_was_free_is_what_held_it_up() 
     assert log_of(chunk).time_shares() == TimeShares(busy=5, starved=2, blocked=3)
 
 
+def test_a_stall_in_which_a_call_was_not_heard_of_is_counted_once() -> None:
+    chunk = details("a", 0, 0, 10, sample(0), sample(10, busy=4, starved=3, late=3), stalls=(Stall(8, 3, "f"),))
+    shares = log_of(chunk).time_shares()
+    assert (shares.busy, shares.starved, shares.blocked) == (4, 3, 3)
+
+
 STOOD = (Stall(8, 3, "parse (mine.py)"), Stall(9.5, 1, "make.<locals>.FakeEngine.infer (mine.py)"))
 
 

@@ -129,6 +129,17 @@ def test_what_is_known_when_a_batcher_ends_is_kept_and_what_it_waited_for_is_for
     assert (stats.busy_time_s, stats.late_time_s, stats.starved_time_s) == (7, 12, 0)
 
 
+def test_a_call_that_says_it_several_times_lasts_from_the_first_beginning_to_the_last_end():
+    clock = Clock()
+    meter = Meter(clock)
+    call = meter.launched(1)
+    clock.now = 10
+    call.worked(3, 6)
+    call.worked(1, 2)
+    meter.landed(call, 0)
+    assert (meter.snapshot(queued=0).busy_time_s, meter.snapshot(queued=0).late_time_s) == (5, 5)
+
+
 def test_calls_say_when_the_device_was_at_work_only_if_all_with_results_do():
     meter = Meter(Clock())
 

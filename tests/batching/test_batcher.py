@@ -18,6 +18,7 @@ import pytest
 from stepping import NEVER_S, Device, settle, soon, until
 
 from flyte_batch.batching import BatchStats, DynamicBatcher, TokenBatcher, processing
+from flyte_batch.device_calls import device_at_work
 from flyte_batch.errors import BadInput, BatcherError, QueueFull
 from flyte_batch.records import Prompt
 
@@ -801,3 +802,43 @@ async def test_the_device_goes_first_where_much_waits_for_the_event_loop(monkeyp
         finally:
             sys.setswitchinterval(interval)
     assert seen == [True]
+
+
+async def test_an_async_function_says_when_its_device_was_at_work():
+    def compute(batch: list[str]) -> list[str]:
+        with device_at_work():
+            return batch
+
+    async def process(batch: list[str]) -> list[str]:
+        answer = await asyncio.to_thread(compute, batch)
+        await asyncio.sleep(0.3)  # until it is heard of
+        return answer
+
+    async with DynamicBatcher(process, batch_timeout_s=0) as batcher:
+        await (await batcher.submit("a"))
+        assert batcher.is_told
+        assert batcher.stats.busy_time_s < 0.3
+        assert batcher.stats.late_time_s >= 0.3
+
+
+async def test_a_plain_function_that_says_more_than_its_thread_is_believed():
+    def process(batch: list[str]) -> list[str]:
+        with device_at_work():
+            pass
+        time.sleep(0.3)  # what it does with the answers
+        return batch
+
+    async with DynamicBatcher(process, batch_timeout_s=0) as batcher:
+        await (await batcher.submit("a"))
+        assert batcher.stats.busy_time_s < 0.3
+
+
+async def test_of_a_wrapped_async_function_the_thread_that_only_called_it_says_nothing():
+    async def process(batch: list[str]) -> list[str]:
+        await asyncio.sleep(0.1)
+        return batch
+
+    async with DynamicBatcher(lambda batch: process(batch), batch_timeout_s=0) as batcher:
+        await (await batcher.submit("a"))
+        assert batcher.stats.busy_time_s >= 0.1
+        assert not batcher.is_told

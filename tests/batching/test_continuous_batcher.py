@@ -757,7 +757,7 @@ async def test_a_device_that_has_nothing_to_do_while_the_loop_stands_still_is_no
             time.sleep(0.2)  # noqa: ASYNC251 - what is tested
         stats = batcher.stats
     rounds = 4 / 2
-    assert 0.05 * rounds <= stats.busy_time_s < 0.15 * rounds
+    assert 0.05 * rounds <= stats.busy_time_s < 0.3 * rounds  # 0.8, if it counted until they were heard of
     assert stats.late_time_s > 0.1 * rounds
     assert batcher.is_told
 
@@ -781,14 +781,14 @@ async def test_an_engine_that_computes_on_the_event_loop_says_when_by_itself():
         async def generate(self, record: Any) -> fb.Completion:
             with fb.device_at_work():
                 time.sleep(0.05)  # noqa: ASYNC251 - as an engine should not
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.5)
             return fb.Completion("x", "stop", 1, 1)
 
     device = Says(slots=4)
     async with fb.ContinuousBatcher(device) as batcher:
         await batcher.map(records(device, "w"))
         assert batcher.is_told
-        assert 0.05 <= batcher.stats.busy_time_s < 0.15
+        assert 0.05 <= batcher.stats.busy_time_s < 0.5
 
 
 async def test_an_engine_that_blocks_the_loop_is_named_and_counted(caplog):
