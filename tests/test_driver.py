@@ -161,7 +161,7 @@ async def test_engines_that_always_end_cost_a_few_chunks_alone_and_none_if_nothi
 ) -> None:
     worker = Worker()
     worker.fail, worker.error = set(range(first_bad, 100)), fb.EngineDead
-    with pytest.raises(fb.ChunkFailed, match="[78] of 100 chunks failed") as raised:
+    with pytest.raises(fb.ChunkFailed, match=r"[78] of 100 chunks failed") as raised:
         await go(
             questions(tmp_path / "in.jsonl", 100), tmp_path / "out", worker,
             chunk_size=1, concurrency=2, max_failed_chunks=5,
