@@ -151,7 +151,7 @@ def make_report(logs: Sequence[RunLog], samples: Sequence[SampleAnswer]) -> Repo
     shares = sum(process_shares.values(), TimeShares())
     shown = drawn(process_shares)
     overview = timeline(log.engines.values(), at)
-    tokens = token_rates(log.chunks, at)
+    tokens = token_rates(log.chunks, [each.rows_per_s for each in overview], at)
     advice = advise(log)
     slowest, failed = chunk_tables(log)
     return Report(

@@ -50,24 +50,42 @@ def timeline(engines: Iterable[EngineLog], at: Sequence[float]) -> list[Slice]:
     return [_slice(counters, start, end) for start, end in itertools.pairwise(at)]
 
 
-def token_rates(chunks: Iterable[ChunkEntry], at: Sequence[float]) -> list[float]:
-    """Tokens a second in each slice; those of a chunk are taken to have come evenly over its time."""
-    tokens = [0.0] * max(0, len(at) - 1)
-    for chunk in chunks:
-        if chunk.started is None or chunk.ended is None or not tokens:
+def token_rates(chunks: Iterable[ChunkEntry], rows_per_s: Sequence[float | None], at: Sequence[float]) -> list[float]:
+    """Tokens a second in each slice between the moments ``at``; in all those of the chunks.
+
+    A chunk tells its tokens when it ends, and its rows wait for those of others before: the tokens of a slice are its
+    ``rows_per_s`` times what a row of the chunks that were under way has. Where no rows are known, those of a chunk are
+    taken to have come evenly over its time.
+    """
+    known = [chunk for chunk in chunks if chunk.ended is not None]
+    sizes = [chunk.prompt_tokens + chunk.response_tokens for chunk in known]
+    tokens, rows = _evenly(known, sizes, at), _evenly(known, [chunk.rows for chunk in known], at)
+    seconds = [end - start for start, end in itertools.pairwise(at)]
+    each = zip(tokens, rows, rows_per_s, seconds, strict=True)
+    found = [(rate or 0.0) * took * (some / of_rows if of_rows else 0.0) for some, of_rows, rate, took in each]
+    scale = sum(tokens) / sum(found) if sum(found) > 0 else 0.0
+    return [
+        (number * scale if scale else even) / took for number, even, took in zip(found, tokens, seconds, strict=True)
+    ]
+
+
+def _evenly(chunks: Sequence[ChunkEntry], numbers: Sequence[int], at: Sequence[float]) -> list[float]:
+    """What falls into each slice of numbers that come evenly over their chunks' times."""
+    found = [0.0] * max(0, len(at) - 1)
+    for chunk, number in zip(chunks, numbers, strict=True):
+        if chunk.started is None or chunk.ended is None or not found:
             continue
         start, end = max(chunk.started, at[0]), min(chunk.ended, at[-1])
-        number = chunk.prompt_tokens + chunk.response_tokens
         if end <= start:  # a chunk of no time, or of a clock that is off
             place = bisect.bisect_right(at, chunk.ended) - 1
-            tokens[min(max(place, 0), len(tokens) - 1)] += number
+            found[min(max(place, 0), len(found) - 1)] += number
             continue
-        for index in range(max(0, bisect.bisect_right(at, start) - 1), len(tokens)):
+        for index in range(max(0, bisect.bisect_right(at, start) - 1), len(found)):
             overlap = min(end, at[index + 1]) - max(start, at[index])
             if overlap <= 0:
                 break
-            tokens[index] += number * overlap / (end - start)
-    return [number / (end - start) for number, (start, end) in zip(tokens, itertools.pairwise(at), strict=True)]
+            found[index] += number * overlap / (end - start)
+    return found
 
 
 class _Counters:

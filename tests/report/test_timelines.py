@@ -51,21 +51,35 @@ def test_slices_add_up_to_what_the_engines_counted(logs: list[EngineLog], most: 
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50), st.integers(0, 10**6)), max_size=20), st.floats(0.5, 60))
-def test_token_rates_add_up_to_the_chunks_tokens(chunks: list[tuple[float, float, int]], length: float) -> None:
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.floats(0, 50), st.integers(0, 10**6)), max_size=20), st.floats(0.5, 60),
+    st.lists(st.none() | st.floats(0, 1000), min_size=MOST_SLICES, max_size=MOST_SLICES),
+)  # fmt: skip
+def test_token_rates_add_up_to_the_chunks_tokens(
+    chunks: list[tuple[float, float, int]], length: float, rows_per_s: list[float | None]
+) -> None:
     at = edges(0.0, length)
     entries = [ChunkEntry(0, 1, 0, tokens, 0, "b", start, start + took) for start, took, tokens in chunks]
-    rates = token_rates(entries, at)
+    rates = token_rates(entries, rows_per_s[: len(at) - 1], at)
     total = sum(rate * (end - start) for rate, (start, end) in zip(rates, itertools.pairwise(at), strict=True))
     assert total == pytest.approx(sum(tokens for _, _, tokens in chunks), rel=1e-6, abs=1e-6)
 
 
 def test_a_chunks_tokens_are_spread_over_its_time() -> None:
     entry = ChunkEntry(0, 10, 0, 60, 40, "b", started=2.0, ended=4.0)
-    assert token_rates([entry], [0, 1, 2, 3, 4]) == pytest.approx([0, 0, 50, 50])
-    assert token_rates([ChunkEntry(1, 10, 0, 0, 0, error="EngineDead")], [0, 1]) == [0]
+    assert token_rates([entry], [None] * 4, [0, 1, 2, 3, 4]) == pytest.approx([0, 0, 50, 50])
+    assert token_rates([ChunkEntry(1, 10, 0, 0, 0, error="EngineDead")], [None], [0, 1]) == [0]
     early = ChunkEntry(2, 10, 0, 30, 0, "b", started=-5.0, ended=2.0)  # of a clock that is behind
-    assert token_rates([early], [0, 1, 2, 3]) == pytest.approx([15, 15, 0])
+    assert token_rates([early], [None] * 3, [0, 1, 2, 3]) == pytest.approx([15, 15, 0])
+
+
+def test_tokens_come_as_rows_do_also_where_chunks_wait_for_each_other() -> None:
+    """Three under way at a time, answered one after the other, ten rows a second."""
+    chunks = [ChunkEntry(i, 10, 0, 600, 400, "b", started=max(0.0, i - 2.0), ended=i + 1.0) for i in range(6)]
+    moments = [float(moment) for moment in range(7)]
+    assert token_rates(chunks, [10.0] * 6, moments) == pytest.approx([1000] * 6)
+    longer = [ChunkEntry(i, 10, 0, 600 * (1 + i // 3), 0, "b", started=float(i), ended=i + 1.0) for i in range(6)]
+    assert token_rates(longer, [10.0] * 6, moments) == pytest.approx([600] * 3 + [1200] * 3)
 
 
 def test_where_a_replica_was_not_there_nothing_is_said() -> None:
