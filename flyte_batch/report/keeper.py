@@ -7,6 +7,7 @@ whatever fails is one warning.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -177,7 +178,7 @@ def _copy(value: Any) -> Any:
 
 
 async def _on_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Call on a thread that the interpreter's end does not wait for: a store that is away may hold it for minutes."""
+    """Call on a thread for which the interpreter's end waits `PATIENCE_S` at most: a store that is away may hold it."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -199,8 +200,18 @@ async def _on_thread(function: Callable[..., T], *arguments: object) -> T:
         else:
             tell(future.set_result, result)
 
+    thread = threading.Thread(target=work, name="flyte-batch-report", daemon=True)
+
+    def wait() -> None:
+        if thread.is_alive():
+            thread.join(PATIENCE_S)
+
+    atexit.register(wait)  # the run may be on a thread of Flyte's, which ends with the interpreter
     try:
-        threading.Thread(target=work, name="flyte-batch-report", daemon=True).start()
-    except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more
-        return function(*arguments)
-    return await future
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter ends, as by Ctrl-C, and starts no thread any more
+            return function(*arguments)
+        return await future
+    finally:
+        atexit.unregister(wait)

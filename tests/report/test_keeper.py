@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from flyte_batch.report.answer import tokens_done
 from flyte_batch.report.history import LOG_FILE, MOST_RUNS, logs_of, other_logs
 from flyte_batch.report.keeper import PAGE_FILE, ReportKeeper, pause_s
 from flyte_batch.report.run_log import ChunkEntry, RunLog, logs_from_json, logs_to_json
+from tests.helpers import ENVIRONMENT, ROOT
 from tests.report.logs import STARTED, make_log, with_stalls
 from tests.report.outputs import write_output
 from tests.report.parsing import parse
@@ -90,6 +93,28 @@ async def test_the_page_shows_the_answers_that_are_there_at_the_end(tmp_path: Pa
     for html in (shown.fragments[-1], (tmp_path / "out" / PAGE_FILE).read_text()):
         assert "answer 0" in html
         assert "bad 0" not in html
+
+
+PROGRAM = """
+import asyncio, sys, threading, time
+from pathlib import Path
+from flyte_batch.report import keeper
+
+def write():
+    writing.set()
+    time.sleep(0.5)
+    Path(sys.argv[1]).write_text("whole")
+
+writing = threading.Event()
+threading.Thread(target=lambda: asyncio.run(keeper._on_thread(write)), daemon=True).start()  # as Flyte's, of a driver
+writing.wait()
+"""
+
+
+def test_a_report_under_way_is_written_before_the_interpreter_ends(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    subprocess.run([sys.executable, "-c", PROGRAM, str(report)], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=60)
+    assert report.read_text() == "whole"
 
 
 @pytest.mark.parametrize(("took_s", "wait_s"), [(0.0, 10.0), (0.5, 10.0), (1.0, 19.0), (60.0, 1140.0)])
