@@ -210,7 +210,6 @@ class Processor(Generic[RecordT, ResultT]):
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"batcher-{self.name}")
         context, begun = contextvars.copy_context(), threading.Event()
         is_alone = not _on_threads
-        _on_threads.add(begun)
         outcome = asyncio.get_running_loop().run_in_executor(
             self._thread, context.run, _outcome_of, self._fn, records, begun
         )
@@ -218,6 +217,7 @@ class Processor(Generic[RecordT, ResultT]):
         # hold for milliseconds. The device goes first; not where other batchers' threads may hold it as long.
         if is_alone:
             begun.wait(_BEGIN_S)
+        _on_threads.add(begun)
         try:
             return await outcome
         finally:

@@ -136,7 +136,6 @@ class Meter:
 
     Args:
         clock: seconds, monotonic; the one by which calls say when their device was at work.
-
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
