@@ -12,7 +12,7 @@ import pytest
 
 import flyte_batch as fb
 from flyte_batch.monitoring import events, hooks
-from flyte_batch.monitoring.events import Scope
+from flyte_batch.monitoring.events import Scope, Share
 from flyte_batch.monitoring.recorder import MOST_STALLS, Recorder
 from flyte_batch.monitoring.scope import scope_entered
 
@@ -95,3 +95,13 @@ def test_chunks_that_stood_still_together_tell_of_one_stall() -> None:
         hooks.emit(events.LoopBlocked(0.0, 1.5, "f"))
     assert one.stalls == other.stalls
     assert len(one.stalls) == 1
+
+
+def test_records_that_an_engine_took_with_it_have_a_latency_when_they_are_done_and_not_before() -> None:
+    recorder, scope = Recorder(), Scope("run", chunk="a")
+    with recorder.recording(scope) as recording:
+        for share in (Share(scope, 3, 3, 3.0, ((0.5, 3),), lost=3), Share(scope, 3, 1, 3.0, ((1.0, 3),))):
+            hooks.emit(
+                events.BatchDone(0.0, "b", 1, 0.0, 3, share.failed, 3.0, 1.0, out_of_memory=False, shares=(share,))
+            )
+        assert recording.latencies == {1.0: 3}
